@@ -1,0 +1,78 @@
+"""The command `dreamsr`: its sub-commands, and how every error becomes two lines and an exit code."""
+
+from __future__ import annotations
+
+import io
+import signal
+import sys
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from dreamsr_cli import __version__
+from dreamsr_cli.cli import doctor, train, upscale
+from dreamsr_cli.cli.console import explain, report
+from dreamsr_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, DreamSRError, UsageError
+
+app = typer.Typer(
+    name="dreamsr",
+    help="Ultra-high-resolution photo restoration: an open implementation of DreamSR (CVPR 2026).",
+    epilog="Start with: dreamsr upscale photo.jpg",
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("upscale", epilog=upscale.EPILOG)(upscale.command)
+app.command("train", epilog=train.EPILOG)(train.command)
+app.command("doctor", epilog=doctor.EPILOG)(doctor.command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dreamsr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def run(arguments: list[str]) -> int:
+    """Run `dreamsr ARGUMENTS` and return the exit code; errors are told on stderr, never raised."""
+    try:
+        code = app(args=arguments or ["--help"], prog_name="dreamsr", standalone_mode=False)
+    except DreamSRError as error:
+        return _fail(error)
+    except typer.TyperException as error:
+        command = next((word for word in arguments if not word.startswith("-")), "")
+        known = {info.name for info in app.registered_commands}
+        hint = f"dreamsr {command} --help" if command in known else "dreamsr --help"
+        return _fail(UsageError(error.format_message(), hint))
+    except (KeyboardInterrupt, typer.Abort):
+        code = EXIT_INTERRUPTED
+    except Exception as error:
+        return _fail(explain(error, f"running dreamsr {' '.join(arguments[:1])}".rstrip()))
+    return code if isinstance(code, int) else EXIT_DONE
+
+
+def _fail(error: DreamSRError) -> int:
+    report(error)
+    return error.exit_code
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> NoReturn:
+    """Entry point of the console script; SIGTERM ends the work as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, _terminate)
+    # A file name may hold bytes that are no text; it is printed back as those bytes.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,142 @@
+"""What a person sees on stderr: a bar on a terminal, plain lines elsewhere, errors in two lines."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from dreamsr_cli.errors import DreamSRError
+from dreamsr_cli.progress import Progress, SilentProgress
+
+
+class Display(Progress, Protocol):
+    """The progress of one photo after another."""
+
+    def photo(self, label: str) -> AbstractContextManager[None]:
+        """Inside the `with`, progress belongs to the photo `label`; no bar is left on the screen after it."""
+        ...
+
+
+def make_display(quiet: bool) -> Display:
+    """Nothing with `quiet`; else a bar if stderr is a terminal, plain lines without control codes if it isn't."""
+    if quiet:
+        return QuietDisplay()
+    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        return BarDisplay(Console(stderr=True))
+    return PlainDisplay(sys.stderr)
+
+
+class QuietDisplay(SilentProgress):
+    """Says nothing."""
+
+    def photo(self, label: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class PlainDisplay:
+    """One line per phase, for logs and pipes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._label = ""
+
+    @contextmanager
+    def photo(self, label: str) -> Generator[None]:
+        self._label = f"{label}: "
+        try:
+            yield
+        finally:
+            self._label = ""
+
+    def phase(self, name: str, total: int) -> None:
+        self._say(f"{self._label}{name} ({total})")
+
+    def advance(self, count: int = 1) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        self._say(f"note: {text}")
+
+    def _say(self, text: str) -> None:
+        print(one_line(text), file=self._stream, flush=True)
+
+
+class BarDisplay:
+    """A bar with photo, phase, count of tiles and time left; it is gone when the photo is done."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: RichProgress | None = None
+        self._task: TaskID | None = None
+        self._label = ""
+
+    @contextmanager
+    def photo(self, label: str) -> Generator[None]:
+        # stdout carries results and must not be redirected into the bar's stream.
+        bar = RichProgress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            redirect_stdout=False,
+        )
+        self._label = one_line(label)
+        with bar:
+            self._bar, self._task = bar, None
+            try:
+                yield
+            finally:
+                self._bar = self._task = None
+
+    def phase(self, name: str, total: int) -> None:
+        if self._bar is None:
+            return
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(f"{self._label}  {one_line(name)}", total=total)
+
+    def advance(self, count: int = 1) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task, count)
+
+    def note(self, text: str) -> None:
+        self._console.print(f"note: {one_line(text)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def one_line(text: str) -> str:
+    """`text` on one line, with what could steer a terminal (a file name may hold anything) shown as �."""
+    return "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))
+
+
+def report(error: DreamSRError) -> None:
+    """Print what happened and what to type, one line each, on stderr; `DREAMSR_DEBUG=1` adds the traceback."""
+    if os.environ.get("DREAMSR_DEBUG", "") not in ("", "0"):
+        traceback.print_exception(error)
+    print(f"error: {one_line(error.message)}\n  try: {one_line(error.hint)}", file=sys.stderr, flush=True)
+
+
+def explain(error: Exception, doing: str) -> DreamSRError:
+    """Any exception as one a person can act on; `doing` says what was going on ("upscaling a.jpg")."""
+    if isinstance(error, DreamSRError):
+        return error
+    if isinstance(error, MemoryError):
+        known = DreamSRError(f"out of memory while {doing}", "use a smaller --tile or --tile-batch 1")
+    elif isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        text = f"{where}{error.strerror or error} (while {doing})"
+        known = DreamSRError(text, "check the path, its permissions and the free disk space")
+    else:
+        text = f"unexpected {type(error).__name__} while {doing}: {error}"
+        known = DreamSRError(text, "this is a bug: run it again with DREAMSR_DEBUG=1 and report what it prints")
+    known.__cause__ = error
+    return known

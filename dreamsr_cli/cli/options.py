@@ -1,0 +1,201 @@
+"""Settings from flags, environment and ./dreamsr.toml, merged into the config dataclasses.
+
+Precedence: flag > `DREAMSR_*` environment > the `[upscale]` table of ./dreamsr.toml > the bundle > config.py. The last
+two aren't known here: a setting that nobody gave keeps the dataclass's default; None there means "the bundle decides".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dreamsr_cli.config import OutputConfig, UpscaleConfig, from_dict, load_toml
+from dreamsr_cli.errors import ConfigError, UsageError
+
+TABLES = ("upscale", "train")
+"""Tables that dreamsr.toml may have: one per command that reads it."""
+
+FORMAT_ALIASES = {"jpeg": "jpg", "tif": "tiff"}
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "scale": (1, 8),
+    "long_side": (1, 1_000_000),
+    "short_side": (1, 1_000_000),
+    "tile": (0, 1_000_000),
+    "overlap": (0, 1_000_000),
+    "steps": (1, 100),
+    "strength": (0, 1),
+    "guidance": (0, 100),
+    "seed": (0, 2**63 - 1),
+    "tile_batch": (1, 64),
+    "quality": (1, 100),
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "captioner": ("describe", "none"),
+    "color_fix": ("wavelet", "adain", "none"),
+    "precision": ("auto", "fp32", "bf16", "fp16"),
+    "format": ("auto", "png", "jpg", "webp", "tiff"),
+}
+_DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
+_BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
+_EXCLUSIVE = (("scale", "long_side", "short_side"), ("overwrite", "skip_existing"))
+"""A setting of one layer drops its rivals of lower layers; two rivals in one layer are a mistake."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What is run and where results go; the rest of the `[upscale]` table."""
+
+    model: str | None = None
+    """Name or folder of a bundle; None: the built-in one."""
+    weights: str | None = None
+    """Trained parts laid over the model."""
+    out: str | None = None
+    """A file name (for one photo) or a folder; None: beside each photo."""
+
+
+@dataclass(frozen=True)
+class UpscaleOptions:
+    """Everything `dreamsr upscale` was asked for."""
+
+    config: UpscaleConfig
+    output: OutputConfig
+    run: RunConfig
+    origin: Mapping[str, str]
+    """For each setting that somebody gave, where: "--tile", "DREAMSR_TILE" or "dreamsr.toml: tile"."""
+
+    def typed(self, name: str) -> bool:
+        """Whether the setting `name` was typed as a flag."""
+        return self.origin.get(name) == flag(name)
+
+
+_CLASSES = (UpscaleConfig, OutputConfig, RunConfig)
+_KINDS: dict[str, Any] = {name: kind for cls in _CLASSES for name, kind in typing.get_type_hints(cls).items()}
+
+
+def flag(name: str) -> str:
+    """The flag of a setting, as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def upscale_options(flags: Mapping[str, Any], environ: Mapping[str, str], folder: Path) -> UpscaleOptions:
+    """Merge the layers and check every value.
+
+    `flags` holds None for what wasn't typed; `folder` is where dreamsr.toml is looked for. Raises `UsageError` (or its
+    child `ConfigError`) naming the flag, variable or key, and what it may be.
+    """
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for layer, names in (_from_toml(folder / "dreamsr.toml"), _from_environ(environ), _from_flags(flags)):
+        for rivals in _EXCLUSIVE:
+            _check_exclusive([name for name in rivals if layer.get(name) not in (None, False)], names)
+            if any(name in layer for name in rivals):
+                for name in rivals:
+                    values.pop(name, None)
+                    origin.pop(name, None)
+        values |= layer
+        origin |= names
+    if "format" in values:
+        values["format"] = FORMAT_ALIASES.get(values["format"].lower(), values["format"].lower())
+    for name, value in values.items():
+        _check(name, value, origin[name])
+    config, output, run = (_pick(values, cls) for cls in _CLASSES)
+    return UpscaleOptions(UpscaleConfig(**config), OutputConfig(**output), RunConfig(**run), origin)
+
+
+def toml_table(path: Path, table: str) -> dict[str, Any]:
+    """The table of one command in dreamsr.toml, {} if there is no such file or table.
+
+    Raises `ConfigError` for a table that belongs to no command. Dashes in keys may be typed as underscores.
+    """
+    if not path.is_file():
+        return {}
+    data = load_toml(path)
+    for name, content in data.items():
+        if name not in TABLES or not isinstance(content, dict):
+            known = ", ".join(f"[{t}]" for t in TABLES)
+            raise ConfigError(f"{path}: {name!r} is not a table of this file", f"known tables: {known}")
+    return {key.replace("-", "_"): value for key, value in data.get(table, {}).items()}
+
+
+def _from_toml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    table = toml_table(path, "upscale")
+    for key in table:
+        if key not in _KINDS:
+            near = difflib.get_close_matches(key, _KINDS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(_KINDS))}"
+            raise ConfigError(f"{path}: [upscale] has an unknown key {key!r}", hint)
+    values: dict[str, Any] = {}
+    for cls in _CLASSES:
+        part = _pick(table, cls)
+        checked = from_dict(cls, part, f"{path}: [upscale]")
+        values |= {key: getattr(checked, key) for key in part}
+    return values, {name: f"{path.name}: {name}" for name in values}
+
+
+def _from_environ(environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    names = {name: f"DREAMSR_{name.upper()}" for name in _KINDS}
+    texts = {name: environ.get(variable, "").strip() for name, variable in names.items()}
+    values = {name: _parse(_KINDS[name], text, names[name]) for name, text in texts.items() if text}
+    return values, {name: names[name] for name in values}
+
+
+def _from_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    values = {name: value for name, value in flags.items() if value is not None}
+    return values, {name: flag(name) for name in values}
+
+
+def _parse(kind: Any, text: str, variable: str) -> Any:
+    kinds = [k for k in (typing.get_args(kind) or (kind,)) if k is not type(None)]
+    if kinds == [bool]:
+        words = {
+            "1": True,
+            "true": True,
+            "yes": True,
+            "on": True,
+            "0": False,
+            "false": False,
+            "no": False,
+            "off": False,
+        }
+        if text.lower() not in words:
+            raise UsageError(f"{variable}: {text!r} is neither true nor false", f"set {variable}=1 or {variable}=0")
+        return words[text.lower()]
+    try:
+        return kinds[0](text)
+    except ValueError as error:
+        number = "a whole number" if kinds == [int] else "a number"
+        raise UsageError(f"{variable}: {text!r} is not {number}", f"set it to {number}, or unset {variable}") from error
+
+
+def _check_exclusive(given: list[str], origin: Mapping[str, str]) -> None:
+    if len(given) > 1:
+        names = [origin[name] for name in given]
+        raise UsageError(f"{' and '.join(names)} contradict each other", f"keep one of {', '.join(names)}")
+
+
+def _check(name: str, value: Any, origin: str) -> None:
+    if name in _RANGES:
+        low, high = _RANGES[name]
+        if not low <= value <= high:
+            raise UsageError(f"{origin} {value} is out of range", f"use {low} to {high}")
+    elif name in _CHOICES and value not in _CHOICES[name]:
+        near = difflib.get_close_matches(value, _CHOICES[name], n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"{origin} {value!r} is not known", f"{hint}use one of: {', '.join(_CHOICES[name])}")
+    elif name == "device" and not _DEVICE.fullmatch(value):
+        raise UsageError(f"{origin} {value!r} is not known", "use auto, cpu, cuda, cuda:N, mps, xpu or xpu:N")
+    elif name == "suffix" and ("/" in value or "\\" in value or "\0" in value):
+        raise UsageError(f"{origin} {value!r} holds a path separator", "name a folder with -o instead")
+    elif name in ("out", "model", "weights") and not value.strip():
+        raise UsageError(f"{origin} is empty", f"name something after {flag(name)}, or leave it out")
+
+
+def _pick(values: Mapping[str, Any], cls: type[UpscaleConfig | OutputConfig | RunConfig]) -> dict[str, Any]:
+    return {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}

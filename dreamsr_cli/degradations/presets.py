@@ -1,0 +1,64 @@
+"""Published settings of the pixel degradation: what the two SeeSR settings and Real-ESRGAN draw from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class PassPreset:
+    """Ranges one pass draws from."""
+
+    resize: Range
+    """Smallest and largest resize factor."""
+    resize_shares: tuple[float, float, float]
+    """Chances of up, down and keep."""
+    blur_share: float
+    """Chance that this pass blurs at all."""
+    sigma: Range
+    """Blur sigma in pixels."""
+    gaussian: Range
+    """Sigma of Gaussian noise in levels of 255."""
+    poisson: Range
+    """Factor on Poisson noise."""
+    jpeg: tuple[int, int]
+    """Lowest and highest JPEG quality, both included."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published setting of the pipeline."""
+
+    first: PassPreset
+    second: PassPreset
+    sharpen: bool
+    """Whether the ground truth is sharpened (USM) before degradation, and as the target."""
+
+
+def _first(resize: Range, gaussian: Range, poisson: Range, jpeg: tuple[int, int]) -> PassPreset:
+    return PassPreset(resize, (0.2, 0.7, 0.1), 1.0, (0.2, 3.0), gaussian, poisson, jpeg)
+
+
+def _second(resize: Range, blur: float, gaussian: Range, poisson: Range, jpeg: tuple[int, int]) -> PassPreset:
+    return PassPreset(resize, (0.3, 0.4, 0.3), blur, (0.2, 1.5), gaussian, poisson, jpeg)
+
+
+_STRONG = Preset(
+    _first((0.15, 1.5), (1, 30), (0.05, 3.0), (30, 95)),
+    _second((0.3, 1.2), 0.8, (1, 25), (0.05, 2.5), (30, 95)),
+    sharpen=True,
+)
+
+PRESETS: dict[str, Preset | None] = {
+    "seesr-mild": Preset(
+        _first((0.3, 1.5), (1, 15), (0.05, 2.0), (60, 95)),
+        _second((0.6, 1.2), 0.5, (1, 12), (0.05, 1.0), (60, 100)),
+        sharpen=False,
+    ),
+    "seesr-pairs": _STRONG,
+    "realesrgan": _STRONG,
+    "bicubic": None,
+}
+"""Presets by name; None: only the field's antialiased cubic downscale."""

@@ -1,0 +1,80 @@
+"""The training losses of method.md: eq. 5 (velocity), eq. 6 (pixels and perception at small t), eq. 7 (removal).
+
+Squared norms are means over elements, pictures are on [-1, 1] (both *ours*: the paper leaves them open). Nothing here
+knows a network besides the perceptual distance it is given; None leaves that term out.
+
+Axes: B batch, C channels, H W latent rows and columns, P Q pixel rows and columns.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dreamsr_cli.models.perceptual import Perceptual
+
+CHARBONNIER_EPSILON = 1e-3
+"""Rounds the corner of |x| at zero."""
+
+
+def velocity_loss(v_BCHW: torch.Tensor, z0_BCHW: torch.Tensor, z1_BCHW: torch.Tensor) -> torch.Tensor:
+    """Eq. 5: the mean of (v - (z_1 - z_0))^2, z_0 the good picture's latent and z_1 noise."""
+    return (v_BCHW - (z1_BCHW - z0_BCHW)).square().mean()
+
+
+def pixel_distance(x_BCPQ: torch.Tensor, target_BCPQ: torch.Tensor, kind: str = "mse") -> torch.Tensor:
+    """Mean distance of pixel values on [-1, 1], a scalar.
+
+    "mse": (x - y)^2, the paper's. "charbonnier": sqrt((x - y)^2 + eps^2) - eps, ours, less drawn to blur. ValueError
+    for another kind.
+    """
+    square = (x_BCPQ - target_BCPQ).square()
+    if kind == "mse":
+        return square.mean()
+    if kind == "charbonnier":
+        return ((square + CHARBONNIER_EPSILON**2).sqrt() - CHARBONNIER_EPSILON).mean()
+    raise ValueError(f"pixel distance {kind!r}: expected mse or charbonnier")
+
+
+def pixel_loss(
+    decoded_BCPQ: torch.Tensor,
+    target_BCPQ: torch.Tensor,
+    perceptual: Perceptual | None,
+    weight: float = 2.0,
+    kind: str = "mse",
+) -> torch.Tensor:
+    """Eq. 6: pixel distance + weight * LPIPS of the decoded prediction and the good picture, meaned over the batch.
+
+    The caller gives only the samples with t <= 0.2, z_0 being predicted as z_t - t v.
+    """
+    loss = pixel_distance(decoded_BCPQ, target_BCPQ, kind)
+    if perceptual is not None and weight:
+        loss = loss + weight * perceptual(decoded_BCPQ, target_BCPQ).mean()
+    return loss
+
+
+def removal_loss(
+    z_dr_BCHW: torch.Tensor,
+    z0_BCHW: torch.Tensor,
+    decoded_BCPQ: torch.Tensor,
+    target_BCPQ: torch.Tensor,
+    perceptual: Perceptual | None,
+    *,
+    latent_weight: float = 1.0,
+    pixel_weight: float = 1.0,
+    perceptual_weight: float = 2.0,
+    kind: str = "mse",
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Eq. 7 without its GAN term: the weighted sum, and its terms before weighting, for a log.
+
+    z_dr is the restored latent and z_0 the good picture's; `decoded_BCPQ` is z_dr decoded, pictures on [-1, 1];
+    `perceptual_weight` is the paper's lambda_1.
+    """
+    latent = (z_dr_BCHW - z0_BCHW).square().mean()
+    pixel = pixel_distance(decoded_BCPQ, target_BCPQ, kind)
+    loss = latent_weight * latent + pixel_weight * pixel
+    terms = {"removal_latent": float(latent.detach()), "removal_pixel": float(pixel.detach())}
+    if perceptual is not None and perceptual_weight:
+        perception = perceptual(decoded_BCPQ, target_BCPQ).mean()
+        loss = loss + perceptual_weight * perception
+        terms["removal_perceptual"] = float(perception.detach())
+    return loss, terms

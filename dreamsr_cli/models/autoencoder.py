@@ -1,0 +1,197 @@
+"""Latents <-> pixels: one contract for FLUX's AutoencoderKL and for the built-in model's patch transform.
+
+Axes: B batch, C channels, H W latent rows and columns, P Q pixel rows and columns (P = 8 H, Q = 8 W).
+Pixels are RGB in [-1, 1]; latents are scaled as the transformer expects them (about unit variance on average).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+STRIDE = 8
+"""Output pixels per latent pixel, in FLUX's autoencoder and in ours."""
+
+
+class Autoencoder(Protocol):
+    """What the engine needs. Sides of pixel arrays are multiples of 8; other sides raise `ValueError`."""
+
+    channels: int
+    """C."""
+    halo: int
+    """Pixels of context around a region that its decoding needs; a multiple of 8."""
+    exact: bool
+    """Whether decoding a region with that halo equals decoding the whole (no spatial norm, no attention)."""
+
+    def encode(self, rgb_B3PQ: Tensor) -> Tensor:
+        """[-1, 1] pixels to z_BCHW, float32."""
+        ...
+
+    def decode(self, z_BCHW: Tensor) -> Tensor:
+        """z_BCHW to pixels (B, 3, 8H, 8W), float32, about [-1, 1], not clamped."""
+        ...
+
+
+class Refiner(nn.Module):
+    """Residual convolutions over pixels folded 4x4 into channels: mends block edges after the linear decode.
+
+    No norm and no attention, so an output pixel sees `4 * convolutions` pixels around it and nothing else. The last
+    convolution starts at zero: an untrained refiner changes nothing.
+    """
+
+    FOLD = 4
+
+    def __init__(self, width: int, blocks: int) -> None:
+        super().__init__()
+        folded = 3 * self.FOLD**2
+        self.entry = nn.Conv2d(folded, width, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList([nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)])
+            for _ in range(blocks)
+        )
+        self.exit = nn.Conv2d(width, folded, 3, padding=1)
+        nn.init.zeros_(self.exit.weight)
+        nn.init.zeros_(self.exit.bias)  # type: ignore[arg-type]
+        self.reach = self.FOLD * (2 + 2 * blocks)
+
+    def forward(self, rgb_B3PQ: Tensor) -> Tensor:
+        x = F.pixel_unshuffle(rgb_B3PQ, self.FOLD)
+        x = self.entry(x)
+        for pair in self.blocks:
+            first, second = pair  # type: ignore[misc]
+            x = x + second(F.silu(first(F.silu(x))))
+        return rgb_B3PQ + F.pixel_shuffle(self.exit(F.silu(x)), self.FOLD)
+
+
+class PatchAutoencoder(ModelMixin, ConfigMixin):
+    """Closed-form patch transform (PCA of 8x8x3 blocks) with a small convolutional refiner after the linear decode.
+
+    Component k of a block is divided by `gain_C[k]`. With `whitening` 0.5 that is the square root of its standard deviation: half-way
+    to unit variance, so that coarse colour keeps more signal than noise (full whitening made the texture stage paint coloured blocks).
+    The transform stays in float32 whatever dtype the refiner has.
+    """
+
+    exact = True
+
+    @register_to_config
+    def __init__(
+        self, channels: int = 32, refiner_width: int = 64, refiner_blocks: int = 3, whitening: float = 0.5
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.whitening = whitening
+        block = 3 * STRIDE**2
+        self.mean_K = nn.Parameter(torch.zeros(block), requires_grad=False)
+        self.basis_CK = nn.Parameter(torch.eye(channels, block), requires_grad=False)
+        self.gain_C = nn.Parameter(torch.ones(channels), requires_grad=False)
+        self.refiner = Refiner(refiner_width, refiner_blocks)
+        self.halo = -(-self.refiner.reach // STRIDE) * STRIDE
+
+    @torch.no_grad()
+    def fit(self, batches: Callable[[], list[Tensor]] | list[Tensor]) -> dict[str, float]:
+        """Set the transform by PCA over all 8x8 blocks of `batches` (tensors (B, 3, P, Q) in [-1, 1]).
+
+        Returns the share of variance kept and the peak signal-to-noise ratio in dB of the linear round trip (peak = 2).
+        """
+        count, total, outer = 0, 0.0, 0.0
+        for rgb in batches() if callable(batches) else batches:
+            rows_NK = _blocks(rgb.float()).transpose(1, 2).reshape(-1, 3 * STRIDE**2).double()
+            count += len(rows_NK)
+            total = total + rows_NK.sum(0)
+            outer = outer + rows_NK.T @ rows_NK
+        mean = total / count
+        covariance = outer / count - torch.outer(mean, mean)
+        values, vectors = torch.linalg.eigh(covariance)
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+        kept = vectors[:, : self.channels].T
+        # The sign of an eigenvector is arbitrary; fix it, so that the same data give the same transform.
+        kept = kept * torch.sign(kept.gather(1, kept.abs().argmax(1, keepdim=True)))
+        std = values[: self.channels].sqrt().clamp_min(1e-6)
+        gain = std**self.whitening
+        gain = gain * ((std / gain).pow(2).mean()).sqrt()
+        self.mean_K.copy_(mean.float())
+        self.basis_CK.copy_(kept.float())
+        self.gain_C.copy_(gain.float())
+        lost = values[self.channels :].sum() / (3 * STRIDE**2)
+        return {
+            "variance_kept": float(values[: self.channels].sum() / values.sum()),
+            "psnr_db": float(10 * torch.log10(4 / lost.clamp_min(1e-12))),
+        }
+
+    def encode(self, rgb_B3PQ: Tensor) -> Tensor:
+        """Pixels (B, 3, 8H, 8W) in [-1, 1] to z_BCHW float32; one strided convolution."""
+        _check_sides(rgb_B3PQ)
+        kernel_CK = self.basis_CK.float() / self.gain_C.float()[:, None]
+        weight = kernel_CK.view(self.channels, 3, STRIDE, STRIDE)
+        return F.conv2d(rgb_B3PQ.float(), weight, -(kernel_CK @ self.mean_K.float()), stride=STRIDE)
+
+    def decode_linear(self, z_BCHW: Tensor) -> Tensor:
+        """The transform's inverse alone, float32: (B, 3, 8H, 8W); decode(encode(x)) projects x onto the kept components."""
+        kernel_CK = self.basis_CK.float() * self.gain_C.float()[:, None]
+        pixels = torch.einsum("bchw,ck->bkhw", z_BCHW.float(), kernel_CK) + self.mean_K.float()[None, :, None, None]
+        return F.pixel_shuffle(pixels, STRIDE)
+
+    def decode(self, z_BCHW: Tensor) -> Tensor:
+        """z_BCHW to pixels (B, 3, 8H, 8W) float32: linear decode, then the refiner in its own dtype."""
+        rgb = self.decode_linear(z_BCHW)
+        dtype = self.refiner.entry.weight.dtype
+        if dtype == rgb.dtype:
+            return self.refiner(rgb)
+        # Only the correction passes through the low precision; the picture itself stays float32.
+        low = rgb.to(dtype)
+        return rgb + (self.refiner(low) - low).float()
+
+
+class FluxAutoencoder:
+    """FLUX's `AutoencoderKL` behind the same contract: posterior mode, shifted and scaled.
+
+    GroupNorm and attention make a region's decoding depend on the whole, so `exact` is False: callers overlap and blend.
+    """
+
+    exact = False
+    halo = 64
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        self.vae = vae
+        self.channels = int(vae.config["latent_channels"])
+        self._shift = float(vae.config.get("shift_factor") or 0.0)
+        self._scale = float(vae.config["scaling_factor"])
+
+    def encode(self, rgb_B3PQ: Tensor) -> Tensor:
+        """Pixels (B, 3, 8H, 8W) in [-1, 1] to z_BCHW float32."""
+        _check_sides(rgb_B3PQ)
+        posterior = self.vae.encode(rgb_B3PQ.to(self.vae.dtype)).latent_dist
+        return (posterior.mode().float() - self._shift) * self._scale
+
+    def decode(self, z_BCHW: Tensor) -> Tensor:
+        """z_BCHW to pixels (B, 3, 8H, 8W) float32."""
+        z = z_BCHW.float() / self._scale + self._shift
+        return self.vae.decode(z.to(self.vae.dtype)).sample.float()
+
+
+def decode_region(autoencoder: Autoencoder, z_CHW: Tensor, top: int, bottom: int) -> Tensor:
+    """Pixel rows [8*top, 8*bottom) of the decoded canvas, (3, 8*(bottom-top), 8W), from latent rows [top, bottom) and their halo.
+
+    Equal to decoding the whole where `autoencoder.exact`. `z_CHW` is the whole canvas' latent.
+    """
+    halo = autoencoder.halo // STRIDE
+    first, last = max(0, top - halo), min(z_CHW.shape[1], bottom + halo)
+    rgb = autoencoder.decode(z_CHW[None, :, first:last])[0]
+    return rgb[:, (top - first) * STRIDE : (bottom - first) * STRIDE]
+
+
+def _blocks(rgb_B3PQ: Tensor) -> Tensor:
+    """(B, 3, 8H, 8W) to (B, 192, HW): each block's values in the order of `F.pixel_shuffle` (channel, row, column)."""
+    return F.pixel_unshuffle(rgb_B3PQ, STRIDE).flatten(2)
+
+
+def _check_sides(rgb_B3PQ: Tensor) -> None:
+    if rgb_B3PQ.ndim != 4 or rgb_B3PQ.shape[1] != 3 or rgb_B3PQ.shape[2] % STRIDE or rgb_B3PQ.shape[3] % STRIDE:
+        raise ValueError(f"expected (B, 3, 8H, 8W), got {tuple(rgb_B3PQ.shape)}")

@@ -1,0 +1,96 @@
+"""Restoration Acceleration LoRA: low-rank adapters on the DiT that are on only inside a `with`.
+
+Source: DreamSR, section 3.2. Attention and feed-forward linears of all double and single blocks (1,046 M parameters at rank 256 and FLUX size), alpha =
+rank. peft does the arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from peft import LoraConfig, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from dreamsr_cli.errors import WeightsError
+
+NAME = "removal"
+TARGETS = (
+    r"(transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+    r"|ff\.net\.(0\.proj|2)|ff_context\.net\.(0\.proj|2))"
+    r"|single_transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v)|proj_mlp|proj_out))"
+)
+"""Full-match pattern: the top-level `proj_out` and all modulation stay untouched."""
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+
+class RestorationLoRA:
+    """The adapter named "removal" of one transformer; off after construction."""
+
+    def __init__(self, transformer: FluxTransformer2DModel, rank: int) -> None:
+        """Adds a fresh adapter: its output is zero until trained. Base weights stop requiring gradients (peft)."""
+        self.transformer, self.rank = transformer, rank
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, init_lora_weights=True)
+        transformer.add_adapter(config, adapter_name=NAME)
+        self._switch(False)
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Inside, the transformer restores; outside, it is exactly the base, also after an exception."""
+        self._switch(True)
+        try:
+            yield
+        finally:
+            self._switch(False)
+
+    @property
+    def active(self) -> bool:
+        """Whether the adapter takes part in the forward pass just now."""
+        return any(not layer.disable_adapters for layer in self._layers())
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The adapter's own parameters, to be trained."""
+        return [p for name, p in self.transformer.named_parameters() if "lora_" in name]
+
+    def save(
+        self, folder: Path, dtype: torch.dtype | None = None, weights: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        """Write peft's usual two files into `folder`; `weights` may replace the transformer's own state dict."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = get_peft_model_state_dict(self.transformer, state_dict=weights, adapter_name=NAME)
+        save_file(
+            {k: v.detach().to(dtype or v.dtype).contiguous().cpu() for k, v in state.items()}, folder / WEIGHTS_FILE
+        )
+        config = {"peft_type": "LORA", "r": self.rank, "lora_alpha": self.rank, "target_modules": TARGETS}
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, transformer: FluxTransformer2DModel, folder: Path) -> RestorationLoRA:
+        """Add the adapter saved in `folder`. Raises `WeightsError` if a tensor is missing or left over."""
+        try:
+            config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            state = load_file(folder / WEIGHTS_FILE)
+            rank = int(config["r"])
+        except (OSError, ValueError, KeyError) as error:
+            raise WeightsError(f"{folder}: not a readable LoRA: {error}", "fetch or train it again") from error
+        lora = cls(transformer, rank)
+        own = get_peft_model_state_dict(transformer, adapter_name=NAME)
+        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in state.items()}:
+            raise WeightsError(f"{folder}: the LoRA was made for another transformer", "give the bundle it belongs to")
+        set_peft_model_state_dict(transformer, state, adapter_name=NAME)
+        return lora
+
+    def _layers(self) -> list[BaseTunerLayer]:
+        return [m for m in self.transformer.modules() if isinstance(m, BaseTunerLayer)]
+
+    def _switch(self, on: bool) -> None:
+        # Not `enable_adapters(False)`: that also clears requires_grad of the adapter's weights, which training needs.
+        for layer in self._layers():
+            layer._disable_adapters = not on

@@ -1,0 +1,224 @@
+"""Training recipes: frozen dataclasses, the only home of a training default; TOML files lie in `dreamsr_cli/recipes`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from dreamsr_cli.config import (
+    BundleConfig,
+    BundleDefaults,
+    ControlConfig,
+    LatentConfig,
+    SamplingConfig,
+    from_dict,
+    load_toml,
+)
+from dreamsr_cli.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of a bundle trained from nothing."""
+
+    double_blocks: int = 4
+    """MM-DiT blocks of the transformer."""
+    single_blocks: int = 4
+    """Single blocks of the transformer."""
+    heads: int = 4
+    """Attention heads."""
+    head_dim: int = 64
+    """Width per head."""
+    rope_axes: tuple[int, int, int] = (8, 28, 28)
+    """Split of a head's width over (unused, row, column) positions; its sum is `head_dim`."""
+    text_width: int = 192
+    """Width of text tokens and of the pooled vector."""
+    text_layers: int = 2
+    """Layers of the byte encoder."""
+    refiner_width: int = 64
+    """Channels of the refiner."""
+    refiner_blocks: int = 3
+    """Residual blocks of the refiner; its reach is 4 * (2 + 2 * blocks) pixels."""
+    whitening: float = 0.5
+    """Power of a component's standard deviation it is divided by."""
+    lora_rank: int = 16
+    """Rank of the Restoration Acceleration LoRA."""
+
+
+@dataclass(frozen=True)
+class CropPlan:
+    """One size of crops and how often a step uses it."""
+
+    size: int
+    """Crop side in pixels, multiple of 16."""
+    batch: int
+    """Crops per step."""
+    share: float
+    """Share of steps."""
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """What the networks are shown."""
+
+    preset: str = "seesr-mild"
+    """Degradation preset of `degradations/pixel.py`."""
+    crops: tuple[CropPlan, ...] = (CropPlan(256, 8, 1.0),)
+    """Crop sizes."""
+    dead_leaves: float = 0.1
+    """Share of samples that are dead-leaves images made on the fly."""
+    full_photo: float = 0.2
+    """Receptive-Field Enhancement: chance that the photo is first shrunk to a short side of 1024 px and local text = global text."""
+    no_text: float = 0.1
+    """Chance that a sample's texts are empty, so that `--captioner none` works."""
+    hold_out: int = 4
+    """Photos kept for validation, the last by hash."""
+    workers: int = 1
+    """Background processes that make crops."""
+
+
+@dataclass(frozen=True)
+class LossRecipe:
+    """Terms of the loss (method.md, Training)."""
+
+    perceptual: str = "lpips-squeeze"
+    """Perceptual distance: a key of `models.perceptual.BACKBONES`, or "none"."""
+    removal_perceptual: float = 2.0
+    """lambda_1 of eq. 7, on LPIPS."""
+    texture_perceptual: float = 2.0
+    """lambda of eq. 6, on LPIPS."""
+    pixel_kind: str = "charbonnier"
+    """"mse" (the paper's) or "charbonnier"."""
+
+
+@dataclass(frozen=True)
+class OptimRecipe:
+    """The optimizer: AdamW with linear warm-up and cosine decay."""
+
+    lr: float = 5e-4
+    """Peak learning rate."""
+    warmup: int = 200
+    """Steps of linear warm-up."""
+    final: float = 0.05
+    """Share of the peak that is left at the last step."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's decay rates."""
+    clip: float = 1.0
+    """Largest global gradient norm."""
+    ema: float = 0.998
+    """Decay of the averaged weights that are shipped."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a training run's result, beside its data and weights it starts from."""
+
+    name: str
+    """Name of the bundle."""
+    licence: str = "Apache-2.0"
+    """Licence of the bundle."""
+    seed: int = 1
+    """Seed of every draw."""
+    steps: int = 3000
+    """Optimizer steps; the learning rate's decay ends there."""
+    control_std: float = 0.02
+    """How far from zero the injections start in stage `backbone` (decisions.md)."""
+    t_range: tuple[float, float] = (0.0, 1.0)
+    """Range of t in texture steps."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    validate_every: int = 200
+    """Steps between validations."""
+    log_every: int = 10
+    """Steps between log lines."""
+    sizes: ModelSizes = field(default_factory=ModelSizes)
+    """Network sizes."""
+    latent: LatentConfig = field(default_factory=LatentConfig)
+    """Latent layout."""
+    control: ControlConfig = field(default_factory=ControlConfig)
+    """Injection of control features."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Constants written into the bundle."""
+    defaults: BundleDefaults = field(default_factory=BundleDefaults)
+    """Flag defaults written into the bundle."""
+    data: DataRecipe = field(default_factory=DataRecipe)
+    """What the networks are shown."""
+    loss: LossRecipe = field(default_factory=LossRecipe)
+    """Loss weights."""
+    optim: OptimRecipe = field(default_factory=OptimRecipe)
+    """Optimizer."""
+
+    def bundle_config(self) -> BundleConfig:
+        """bundle.json of a fresh bundle with these sizes, its parts not yet named."""
+        return BundleConfig(
+            format=1,
+            name=self.name,
+            licence=self.licence,
+            parts={},
+            latent=self.latent,
+            sampling=self.sampling,
+            control=self.control,
+            defaults=self.defaults,
+        )
+
+
+def load_recipe(config: str, overrides: list[str] | None = None) -> Recipe:
+    """The recipe `config` (a name in `dreamsr_cli/recipes` or a TOML file), with `key=value` overrides laid over it.
+
+    Keys are dotted ("optim.lr=1e-4"), values TOML. Raises `ConfigError` on an unknown name, key or type.
+    """
+    import tomllib
+
+    folder = Path(str(resources.files("dreamsr_cli"))) / "recipes"
+    path = Path(config)
+    if path.suffix != ".toml":
+        path = folder / f"{config}.toml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in folder.glob("*.toml")))
+            raise ConfigError(f"no recipe named {config!r}", f"use one of {known}, or a .toml file")
+    data: dict[str, Any] = load_toml(path)
+    for text in overrides or []:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {text}: no '='", "write --set key=value, for example --set optim.lr=1e-4")
+        try:
+            parsed = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            parsed = value
+        table = data
+        *parents, last = key.strip().split(".")
+        for parent in parents:
+            table = table.setdefault(parent, {})
+        table[last] = parsed
+    if isinstance(data.get("control", {}).get("map"), list):
+        # TOML has no null: -1 stands for "this block receives nothing".
+        data["control"]["map"] = [None if feature == -1 else feature for feature in data["control"]["map"]]
+    recipe = from_dict(Recipe, data, str(path))
+    _check(recipe, str(path))
+    return recipe
+
+
+def _check(recipe: Recipe, where: str) -> None:
+    sizes = recipe.sizes
+    if sum(sizes.rope_axes) != sizes.head_dim:
+        raise ConfigError(
+            f"{where}: sizes.rope_axes sum to {sum(sizes.rope_axes)}, not head_dim", "correct one of them"
+        )
+    if abs(sum(c.share for c in recipe.data.crops) - 1) > 1e-6:
+        raise ConfigError(f"{where}: shares of data.crops don't sum to 1", "correct them")
+    for crop in recipe.data.crops:
+        if crop.size % 16 or crop.size < 32:
+            raise ConfigError(f"{where}: crop size {crop.size} is not a multiple of 16", "use 256")
+    low, high = recipe.t_range
+    if not 0 <= low < high <= 1:
+        raise ConfigError(f"{where}: t_range {recipe.t_range} is not inside 0..1", "use [0.0, 1.0]")
+
+
+def recipe_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, for the run folder."""
+    return dataclasses.asdict(recipe)

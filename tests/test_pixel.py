@@ -1,0 +1,206 @@
+"""Pixel degradation: kernels, noise, JPEG, presets, and that a crop's result depends on its parameters alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dreamsr_cli import draws, resample
+from dreamsr_cli.config import from_dict, to_dict
+from dreamsr_cli.degradations import kernels, pixel
+from dreamsr_cli.degradations.kernels import KernelParams
+from dreamsr_cli.degradations.presets import PRESETS
+
+SHA = "5e" * 32
+
+
+def scene(size: int = 64) -> torch.Tensor:
+    """A smooth ramp with a bright square and fine stripes, (3, size, size) on 8-bit levels."""
+    y, x = np.mgrid[0:size, 0:size] / size
+    rgb = np.stack([0.2 + 0.6 * x, 0.3 + 0.4 * y, 0.5 + 0.2 * np.sin(40 * x)])
+    rgb[:, size // 4 : size // 2, size // 4 : size // 2] = 0.9
+    return torch.from_numpy(np.rint(rgb * 255).astype(np.float32)) / 255
+
+
+def noisy(strength: float, kind: str, grey: bool, level: float, seed: int = 1, size: int = 200) -> torch.Tensor:
+    rng = draws.generator(seed, "test")
+    return pixel.add_noise(torch.full((3, size, size), level), pixel.NoiseParams(kind, strength, grey), rng)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_same_parameters_same_bytes_in_any_order(preset: str) -> None:
+    def result(index: int) -> bytes:
+        return pixel.degrade(scene(), pixel.draw(preset, 3, SHA, index)).numpy().tobytes()
+
+    forward = [result(i) for i in range(8)]
+    torch.manual_seed(123)
+    np.random.seed(5)
+    assert [result(i) for i in reversed(range(8))] == forward[::-1]
+    assert len(set(forward)) == (1 if preset == "bicubic" else 8)
+
+
+def test_draw_depends_on_seed_source_and_crop() -> None:
+    base = pixel.draw("seesr-mild", 1, SHA, 0)
+    assert base == pixel.draw("seesr-mild", 1, SHA, 0)
+    others = [
+        pixel.draw("seesr-mild", 2, SHA, 0),
+        pixel.draw("seesr-mild", 1, "00", 0),
+        pixel.draw("seesr-mild", 1, SHA, 1),
+    ]
+    assert all(other.noise_seed != base.noise_seed for other in others)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_parameters_survive_json(preset: str) -> None:
+    for index in range(20):
+        params = pixel.draw(preset, 7, SHA, index)
+        again = from_dict(pixel.PixelParams, json.loads(json.dumps(to_dict(params))), "test")
+        assert again == params
+
+
+def test_presets_draw_within_their_ranges() -> None:
+    mild = [pixel.draw("seesr-mild", 0, SHA, i) for i in range(600)]
+    first, second = [p.passes[0] for p in mild], [p.passes[1] for p in mild]
+    assert min(p.factor for p in first) >= 0.3 and max(p.factor for p in first) <= 1.5
+    assert min(p.factor for p in second) >= 0.6 and max(p.factor for p in second) <= 1.2
+    assert {p.jpeg for p in first} <= set(range(60, 96)) and {p.jpeg for p in second} <= set(range(60, 101))
+    assert np.mean([p.factor == 1.0 for p in first]) == pytest.approx(0.1, abs=0.05)
+    assert np.mean([p.factor < 1.0 for p in first]) == pytest.approx(0.7, abs=0.07)
+    assert np.mean([p.blur is None for p in second]) == pytest.approx(0.5, abs=0.08)
+    assert all(p.blur is not None for p in first)
+    assert np.mean([p.noise.kind == "gaussian" for p in first]) == pytest.approx(0.5, abs=0.08)
+    assert np.mean([p.noise.grey for p in first + second]) == pytest.approx(0.4, abs=0.06)
+    assert np.mean([p.final_sinc is not None for p in mild]) == pytest.approx(0.8, abs=0.06)
+    assert np.mean([p.sinc_first for p in mild]) == pytest.approx(0.5, abs=0.08)
+    assert not any(p.sharpen for p in mild)
+    assert max(p.noise.strength for p in first if p.noise.kind == "gaussian") <= 15
+    assert {p.blur.kind for p in first if p.blur} == {*kernels.KINDS, "sinc"}
+    pairs = [pixel.draw("seesr-pairs", 0, SHA, i) for i in range(200)]
+    assert all(p.sharpen for p in pairs) and min(p.passes[1].jpeg for p in pairs) < 60
+    assert not pixel.draw("seesr-pairs", 0, SHA, 0, usm=False).sharpen
+
+
+@pytest.mark.parametrize("kind", [*kernels.KINDS, "sinc"])
+def test_kernels_sum_to_one_and_are_symmetric(kind: str) -> None:
+    params = KernelParams(kind, 15, 2.5, 1.1 if kind.endswith("aniso") else 2.5, 0.7, 1.4, 1.6)
+    kernel = kernels.kernel_PQ(params)
+    assert kernel.shape == (15, 15)
+    assert kernel.sum() == pytest.approx(1)
+    assert np.allclose(kernel, kernel[::-1, ::-1], atol=1e-15)
+    assert kernel.argmax() == 15 * 7 + 7
+    turned = np.allclose(kernel, kernel.T, atol=1e-12)
+    assert turned != kind.endswith("aniso")
+
+
+def test_gaussian_kernel_has_its_sigma_along_its_axis() -> None:
+    kernel = kernels.kernel_PQ(KernelParams("aniso", 41, 3.0, 1.0, math.pi / 2))
+    reach = np.arange(41) - 20
+    assert math.sqrt((kernel.sum(1) * reach**2).sum()) == pytest.approx(3.0, abs=0.02)
+    assert math.sqrt((kernel.sum(0) * reach**2).sum()) == pytest.approx(1.0, abs=0.02)
+
+
+def test_sinc_passes_low_frequencies_and_stops_high_ones() -> None:
+    spectrum = np.abs(np.fft.fft2(kernels.sinc(21, math.pi / 3), s=(126, 126)))[0]
+    assert spectrum[5] == pytest.approx(1, abs=0.15)
+    assert spectrum[45:63].max() < 0.1
+
+
+@pytest.mark.parametrize(("side", "size"), [(40, 9), (33, 21), (6, 21), (1, 7)])
+def test_filter_equals_the_direct_sum(side: int, size: int) -> None:
+    rng = np.random.default_rng(2)
+    x, kernel = rng.random((3, side, side + 3), dtype=np.float32), rng.random((size, size))
+    wide = np.pad(x, ((0, 0), *((size // 2, size // 2),) * 2), mode="reflect")
+    windows = np.lib.stride_tricks.sliding_window_view(wide, (size, size), axis=(1, 2))
+    expected = np.einsum("cpqab,ab->cpq", windows, kernel)
+    assert np.allclose(pixel.filter2d(torch.from_numpy(x), kernel).numpy(), expected, rtol=1e-5)
+
+
+def test_gaussian_noise_has_its_sigma() -> None:
+    colour = noisy(10, "gaussian", False, 0.5) - 0.5
+    assert colour.std().item() * 255 == pytest.approx(10, rel=0.02)
+    assert abs(colour.mean().item()) * 255 < 0.15
+    assert abs(np.corrcoef(colour.reshape(3, -1))[0, 1]) < 0.02
+    grey = noisy(10, "gaussian", True, 0.5)
+    assert torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])
+
+
+@pytest.mark.parametrize("level", [5, 30, 200])
+def test_poisson_noise_has_the_variance_and_skewness_of_photons(level: int) -> None:
+    """All 256 levels are present, so a level is its own rate: variance = rate levels^2, skewness = rate^-1/2."""
+    size = 200
+    x = torch.full((3, size, size), level / 255)
+    x[:, 0, : size // 2] = torch.arange(100) / 255
+    x[:, 1, :] = torch.arange(56, 256) / 255
+    x[:, 2, :100] = torch.arange(100, 200) / 255
+    out = pixel.add_noise(x, pixel.NoiseParams("poisson", 0.2, False), draws.generator(4, "test"))
+    error = ((out - x)[:, 4:] * 255 / 0.2).double()
+    rate = level * 256 / 255
+    assert error.mean().item() == pytest.approx(0, abs=4 * math.sqrt(rate / error.numel()))
+    assert error.var().item() == pytest.approx(rate * (255 / 256) ** 2, rel=0.03)
+    skewness = (error**3).mean().item() / error.var().item() ** 1.5
+    assert skewness == pytest.approx(rate**-0.5, abs=0.04)
+
+
+def test_jpeg_is_what_pillow_writes() -> None:
+    x = scene(48)
+    stream = io.BytesIO()
+    levels = (x * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(levels).save(stream, "JPEG", quality=40)
+    assert stream.getvalue()[:2] == b"\xff\xd8"
+    expected = np.asarray(Image.open(stream))
+    assert np.array_equal((pixel.jpeg(x, 40) * 255).round().byte().permute(1, 2, 0).numpy(), expected)
+    worse, better = ((pixel.jpeg(x, q) - x).square().mean().item() for q in (20, 95))
+    assert worse > 4 * better > 0
+
+
+def test_constant_stays_constant_without_noise() -> None:
+    grey = torch.full((3, 64, 96), 128 / 255)
+    for index in range(12):
+        params = pixel.draw("seesr-pairs", 0, SHA, index)
+        quiet = to_dict(params)
+        for one in quiet["passes"]:
+            one["noise"] = {"kind": "gaussian", "strength": 0.0, "grey": False}
+        lq = pixel.degrade(grey, from_dict(pixel.PixelParams, quiet, "test"))
+        assert lq.shape == (3, 16, 24)
+        assert (lq * 255 - 128).abs().max().item() <= 1.001
+    assert torch.equal(pixel.degrade(grey, pixel.draw("bicubic", 0, SHA, 0)), torch.full((3, 16, 24), 128 / 255))
+    assert torch.allclose(pixel.enlarge(grey[:, :16, :24], 64, 96), grey, atol=1e-6)
+
+
+def test_result_is_on_whole_levels_and_a_quarter_of_the_size() -> None:
+    for index in range(10):
+        lq = pixel.degrade(scene(80), pixel.draw("seesr-mild", 1, SHA, index))
+        assert lq.shape == (3, 20, 20) and lq.dtype == torch.float32
+        assert lq.min() >= 0 and lq.max() <= 1
+        assert (lq * 255 - (lq * 255).round()).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="divisible by 4"):
+        pixel.degrade(scene(70)[:, :70], pixel.draw("seesr-mild", 1, SHA, 0))
+
+
+def test_bicubic_is_only_the_antialiased_cubic() -> None:
+    x = scene()
+    expected = (resample.resize(x[None], 16, 16)[0].clamp(0, 1) * 255).round() / 255
+    assert torch.equal(pixel.degrade(x, pixel.draw("bicubic", 9, SHA, 4)), expected)
+
+
+def test_last_jpeg_and_sinc_come_in_both_orders() -> None:
+    params = next(p for p in (pixel.draw("seesr-pairs", 0, SHA, i) for i in range(50)) if p.final_sinc)
+    swapped = from_dict(pixel.PixelParams, {**to_dict(params), "sinc_first": not params.sinc_first}, "test")
+    assert not torch.equal(pixel.degrade(scene(), params), pixel.degrade(scene(), swapped))
+
+
+def test_sharpening_raises_edges_and_leaves_flat_parts() -> None:
+    x = torch.full((3, 160, 160), 0.3)
+    x[:, :, 80:] = 0.6
+    sharp = pixel.sharpen(x)
+    assert sharp[0, 80, 80] > 0.64 and sharp[0, 80, 79] < 0.26
+    assert (sharp[:, :, :20] - 0.3).abs().max() < 1e-5
+    faint = torch.full((3, 64, 64), 0.3)
+    faint[:, :, 32:] = 0.33
+    assert torch.allclose(pixel.sharpen(faint), faint, atol=1e-5)
