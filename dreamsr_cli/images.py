@@ -44,7 +44,7 @@ _EXIF_IFD, _GPS_IFD = 0x8769, 0x8825
 # DateTime, Artist, Copyright.
 _TEXT_TAGS = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298)
 _SUB_DIRECTORIES = (_EXIF_IFD, _GPS_IFD)
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # Rec. 601, as JPEG; any weights do where R = G = B
+_LUMA = np.float32(0.299), np.float32(0.587), np.float32(0.114)  # Rec. 601, as JPEG; any weights do where R = G = B
 
 
 @dataclass(frozen=True)
@@ -358,7 +358,9 @@ class PhotoWriter:
             raise OutputError(f"{self.path}: the result has values that are not numbers", "try --precision fp32")
         colour_PQC = np.clip(rgb_PQC, 0, 1)
         if self.info.grey:
-            colour_PQC = (colour_PQC @ _LUMA)[..., None]
+            # plane by plane: a matrix product's last bits depend on the height of the strip
+            red, green, blue = (colour_PQC[..., c : c + 1] * weight for c, weight in enumerate(_LUMA))
+            colour_PQC = red + green + blue
         if alpha_PQ is not None:
             alpha_PQC = np.clip(alpha_PQ, 0, 1)[..., None]
             if self._alpha:
@@ -473,20 +475,26 @@ def _quantise(levels_PQC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if soft_PQ.any():
         steps = np.arange(17, 255, 17)  # 14 degrees of opacity for each of the colours
         count = (84 if opaque_PQ.any() else 255) // len(steps)
-        found = Image.fromarray(rgb_PQC[soft_PQ][None]).quantize(count, Image.Quantize.MEDIANCUT, kmeans=1)
-        colours = _table_of(found)
+        chosen = _choose_colours(rgb_PQC[soft_PQ], count)
+        colours = _table_of(chosen)
         step = np.clip(np.rint(alpha_PQ[soft_PQ] / 17), 1, len(steps)).astype(int) - 1
-        indices_PQ[soft_PQ] = len(table) + step * len(colours) + np.asarray(found)[0]
+        found = Image.fromarray(rgb_PQC).quantize(palette=chosen, dither=Image.Dither.NONE)
+        indices_PQ[soft_PQ] = len(table) + step * len(colours) + np.asarray(found)[soft_PQ]
         grid = np.column_stack([np.tile(colours, (len(steps), 1)), np.repeat(steps, len(colours))])
         table = np.concatenate([table, grid.astype(np.uint8)])
     if opaque_PQ.any():
-        places = 256 - len(table)
-        chosen = Image.fromarray(rgb_PQC[opaque_PQ][None]).quantize(places, Image.Quantize.MEDIANCUT, kmeans=1)
+        chosen = _choose_colours(rgb_PQC[opaque_PQ], 256 - len(table))
         # error diffusion keeps smooth tones; areas that hit a colour of the table exactly stay plain
         found = Image.fromarray(rgb_PQC).quantize(palette=chosen, dither=Image.Dither.FLOYDSTEINBERG)
         indices_PQ[opaque_PQ] = len(table) + np.asarray(found)[opaque_PQ]
         table = np.concatenate([table, np.pad(_table_of(chosen), ((0, 0), (0, 1)), constant_values=255)])
     return indices_PQ, table
+
+
+def _choose_colours(rgb_NC: np.ndarray, count: int) -> Image.Image:
+    """A palette image of `count` colours that suit the pixels; k-means is slow, so an even sample is looked at."""
+    sample_NC = rgb_NC[:: max(1, len(rgb_NC) // 2**15)]
+    return Image.fromarray(sample_NC[None]).quantize(count, Image.Quantize.MEDIANCUT, kmeans=1)
 
 
 def _table_of(image: Image.Image) -> np.ndarray:

@@ -139,7 +139,7 @@ SCENES: dict[str, Callable[[int], np.ndarray]] = {
 
 
 def test_clean_and_degraded_tiles_get_the_same_words_in_four_of_five() -> None:
-    """Measured on 1,656 tiles of 72 photos: 93 % (128 px tiles 89 %, 256 px 93 %, 512 px 99 %, whole photos 97 %)."""
+    """Measured on 1,656 tiles of 72 photos: 93 % (128 px tiles 88 %, 256 px 94 %, 512 px 99 %, whole photos 97 %)."""
     describe = Describer().describe
     same_small, same_large, sentences = [], [], set()
     for name, scene in SCENES.items():
@@ -179,13 +179,14 @@ def test_any_shape_gets_a_sentence(shape: tuple[int, int]) -> None:
     assert sentence.endswith(" surface.")
 
 
-def test_sentences_never_speak_of_quality() -> None:
-    words = {w for scene in SCENES.values() for i in range(6) for w in re.findall("[a-z]+", Describer().describe(scene(i)))}
-    assert not words & {"blur", "blurry", "noise", "noisy", "sharp", "quality", "grain", "soft", "detail"}
-    assert words <= set(COLOURS) | set(
-        "ones dark dim edium right ark im tones mainly and low medium high contrast no horizontal vertical diagonal "
-        "direction smooth patterned irregular surface".split()
-    )
+def test_sentences_use_their_own_words_only() -> None:
+    """Above all none about blur, noise or quality."""
+    known = set(COLOURS) | {"tones", "mainly", "and", "contrast", "direction", "surface"}
+    known |= {"dark", "dim", "medium", "bright", "low", "high", "no", "horizontal", "vertical", "diagonal"}
+    known |= {"smooth", "patterned", "irregular"}
+    for scene in SCENES.values():
+        for index in range(3):
+            assert set(re.findall("[a-z]+", Describer().describe(scene(index)).lower())) <= known
 
 
 def test_strips_give_the_cells_of_the_whole() -> None:
@@ -207,11 +208,11 @@ def test_strips_give_the_cells_of_the_whole() -> None:
 
 @pytest.mark.parametrize(("shape", "limit"), [((256, 256), 0.004), ((1440, 2560), 0.030)])
 def test_describing_is_quick(shape: tuple[int, int], limit: float) -> None:
-    """Best of several, so that a busy machine doesn't fail it; typical: 1.5 ms and 12 ms."""
+    """Best of several, so that a busy machine doesn't fail it; typical: 2 ms and 5 ms."""
     rgb_PQC = generator(5, "quick").random((*shape, 3), dtype=np.float32)
     times = []
     for _ in range(12):
         start = time.perf_counter()
         Describer().describe(rgb_PQC)
         times.append(time.perf_counter() - start)
-    assert min(times) < 2 * limit
+    assert min(times) < limit

@@ -69,6 +69,8 @@ def test_patterns_are_expanded_even_when_quoted():
     assert names(find("s/a*")) == ["s/a1.jpg", "s/a2.tif"]
     found = find("s/**/a*")
     assert names(found) == ["s/a1.jpg", "s/a2.tif", "s/deep/a4.webp"]
+    assert names(find("**/deep", "**/b.*")) == ["s/deep/a4.webp", "s/b.jpg"]
+    assert names(find("s/*")) == ["s/a1.jpg", "s/a2.tif", "s/b.jpg", "s/deep/a4.webp"]
     assert targets(found, out="o") == ["o/a1_x4.jpg", "o/a2_x4.tif", "o/deep/a4_x4.webp"]
 
 
@@ -83,7 +85,7 @@ def test_nothing_found_is_a_problem_for_each_input():
     found = find("gone.jpg", "empty", "x*.jpg", "pipe.jpg")
     messages = [item.problem.message for item in found if item.problem]
     assert [isinstance(item.problem, InputError) for item in found] == [True] * 4
-    assert ["gone.jpg", "empty", "x*.jpg", "pipe.jpg"] == [str(item.source) for item in found]
+    assert [str(item.source) for item in found] == ["gone.jpg", "empty", "x*.jpg", "pipe.jpg"]
     assert "doesn't exist" in messages[0] and "no photo" in messages[1] and "no photo" in messages[2]
     assert "not a regular file" in messages[3]
 

@@ -57,9 +57,7 @@ def test_euler_calls_the_velocity_at_each_step_but_not_at_the_end() -> None:
 
 
 def test_euler_converges_to_the_solution_of_a_curved_path() -> None:
-    errors = [
-        abs(float(euler(np.array([np.e]), lambda z, t: z, timesteps(1.0, n))[0]) - 1.0) for n in (50, 100)
-    ]
+    errors = [abs(float(euler(np.array([np.e]), lambda z, t: z, timesteps(1.0, n))[0]) - 1.0) for n in (50, 100)]
     assert errors[1] < 0.55 * errors[0] < 0.02
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import io
-import signal
 import sys
-from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
 
 from dreamsr_cli import __version__
 from dreamsr_cli.cli import doctor, train, upscale
-from dreamsr_cli.cli.console import explain, report
+from dreamsr_cli.cli.console import explain, report, stop_on_signals
 from dreamsr_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, DreamSRError, UsageError
 
 app = typer.Typer(
@@ -65,13 +63,9 @@ def _fail(error: DreamSRError) -> int:
     return error.exit_code
 
 
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def main() -> NoReturn:
     """Entry point of the console script; SIGTERM ends the work as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, _terminate)
+    stop_on_signals()
     # A file name may hold bytes that are no text; it is printed back as those bytes.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")

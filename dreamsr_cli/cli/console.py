@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FrameType
 from typing import Protocol, TextIO
 
 from rich.console import Console
@@ -34,8 +37,38 @@ def make_display(quiet: bool) -> Display:
     return PlainDisplay(sys.stderr)
 
 
+_asked_to_stop = threading.Event()
+
+
+def stop_on_signals() -> None:
+    """Let Ctrl-C and SIGTERM raise `KeyboardInterrupt` in the main thread, at the latest at the next sign of progress.
+
+    Python swallows an exception that a signal raises inside a destructor or an import lock; the flag outlives that.
+    """
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        _asked_to_stop.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, ask)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, ask)
+
+
+def stop_if_asked() -> None:
+    """Raise `KeyboardInterrupt` if a signal asked for it earlier."""
+    if _asked_to_stop.is_set():
+        raise KeyboardInterrupt
+
+
 class QuietDisplay(SilentProgress):
     """Says nothing."""
+
+    def phase(self, name: str, total: int) -> None:
+        stop_if_asked()
+
+    def advance(self, count: int = 1) -> None:
+        stop_if_asked()
 
     def photo(self, label: str) -> AbstractContextManager[None]:
         return nullcontext()
@@ -57,10 +90,11 @@ class PlainDisplay:
             self._label = ""
 
     def phase(self, name: str, total: int) -> None:
+        stop_if_asked()
         self._say(f"{self._label}{name} ({total})")
 
     def advance(self, count: int = 1) -> None:
-        pass
+        stop_if_asked()
 
     def note(self, text: str) -> None:
         self._say(f"note: {text}")
@@ -99,6 +133,7 @@ class BarDisplay:
                 self._bar = self._task = None
 
     def phase(self, name: str, total: int) -> None:
+        stop_if_asked()
         if self._bar is None:
             return
         if self._task is not None:
@@ -106,6 +141,7 @@ class BarDisplay:
         self._task = self._bar.add_task(f"{self._label}  {one_line(name)}", total=total)
 
     def advance(self, count: int = 1) -> None:
+        stop_if_asked()
         if self._bar is not None and self._task is not None:
             self._bar.advance(self._task, count)
 
@@ -131,6 +167,8 @@ def explain(error: Exception, doing: str) -> DreamSRError:
         return error
     if isinstance(error, MemoryError):
         known = DreamSRError(f"out of memory while {doing}", "use a smaller --tile or --tile-batch 1")
+    elif isinstance(error, UnicodeEncodeError):
+        known = DreamSRError(f"a file name is not valid text (while {doing})", "rename the file")
     elif isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         text = f"{where}{error.strerror or error} (while {doing})"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,26 +79,24 @@ def _expand(text: str, out: Path | None, is_photo_name: Callable[[Path], bool]) 
 
 def _match(pattern: Path, text: str, out: Path | None, is_photo_name: Callable[[Path], bool]) -> Iterator[Found]:
     fixed = Path(*_before_magic(pattern))
-    stop = Path(os.path.realpath(out)) if out is not None else None
-    # ** follows links, so a link loop brings the same file up at many depths: the shortest path stands for it.
-    shortest: dict[tuple[str, str], Path] = {}
-    for path in sorted(map(Path, glob.glob(str(pattern), recursive=True)), key=lambda path: len(path.parts)):
-        folder = os.path.realpath(path.parent)
-        if stop is None or not Path(folder, path.name).is_relative_to(stop):
-            shortest.setdefault((folder, path.name), path)
-    empty = True
-    for path in sorted(shortest.values()):
-        items: Iterable[Found] = ()
-        if path.is_dir():
-            walked = _walk(path, path.relative_to(fixed), out, is_photo_name)
-            items = [item for item in walked if item.problem is None]
-        elif path.is_file() and is_photo_name(path):
-            items = [Found(path, path.relative_to(fixed).parent, typed=False)]
-        for item in items:
-            empty = False
-            yield item
-    if empty:
+    items: list[Found] = []
+    if "**" in pattern.parts:
+        # glob's own ** follows links round and round; the walk doesn't.
+        wanted = pattern.relative_to(fixed).parts
+        for item in _walk(fixed, Path(), out, is_photo_name):
+            parts = item.source.relative_to(fixed).parts
+            if item.problem is None and any(_fits(parts[:end], wanted) for end in range(1, len(parts) + 1)):
+                items.append(item)
+    else:
+        for path in sorted(map(Path, glob.glob(str(pattern)))):
+            if path.is_dir():
+                walked = _walk(path, path.relative_to(fixed), out, is_photo_name)
+                items += [item for item in walked if item.problem is None]
+            elif path.is_file() and is_photo_name(path):
+                items.append(Found(path, path.relative_to(fixed).parent, typed=False))
+    if not items:
         yield Found(pattern, problem=InputError(f"no photo matches {text}", "check the pattern, and quote it"))
+    yield from items
 
 
 def _before_magic(pattern: Path) -> Iterator[str]:
@@ -105,6 +104,15 @@ def _before_magic(pattern: Path) -> Iterator[str]:
         if glob.has_magic(part):
             return
         yield part
+
+
+def _fits(parts: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
+    """Whether path components fit pattern components, ** standing for any number of folders."""
+    if not wanted:
+        return not parts
+    if wanted[0] == "**":
+        return _fits(parts, wanted[1:]) or (bool(parts) and _fits(parts[1:], wanted))
+    return bool(parts) and fnmatch.fnmatch(parts[0], wanted[0]) and _fits(parts[1:], wanted[1:])
 
 
 def _walk(folder: Path, tree: Path, out: Path | None, is_photo_name: Callable[[Path], bool]) -> Iterator[Found]:

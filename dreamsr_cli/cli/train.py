@@ -39,6 +39,9 @@ def command(
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, mps or xpu.")] = "auto",
     precision: Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")] = "auto",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads for the networks.")] = None,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile the blocks: minutes at the start, then faster steps.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")] = False,
 ) -> None:
@@ -77,6 +80,7 @@ def command(
         max_steps=max_steps,
         device=chosen,
         dtype=choose_dtype(precision, chosen),
+        compile=compile_,
     )
     display = make_display(quiet)
     with display.photo(str(out)):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dreamsr_cli.cli.console import Display, explain, make_display, report
+from dreamsr_cli.cli.console import Display, explain, make_display, report, stop_if_asked
 from dreamsr_cli.cli.options import RunConfig, UpscaleOptions, upscale_options
 from dreamsr_cli.cli.photos import (
     EXTENSIONS,
@@ -200,6 +200,7 @@ class Upscaling:
         plan = plan_jobs(found, naming)
         self.total = len(plan)
         for number, entry in enumerate(plan, start=1):
+            stop_if_asked()
             if isinstance(entry, Found):
                 self._tell(entry, entry.problem)
                 continue

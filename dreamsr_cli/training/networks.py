@@ -62,6 +62,18 @@ class Networks:
         self.autoencoder.to(device)
         self.autoencoder.refiner.to(dtype)
 
+    def compile_blocks(self) -> None:
+        """Compile every transformer block for the shapes it meets: minutes at first, then less than half the time per step on a CPU."""
+        # The LoRA on and off, and each crop size, make a variant of their own.
+        torch._dynamo.config.cache_size_limit = 64
+        transformer = self.transformer
+        for block in [
+            *transformer.transformer_blocks,
+            *transformer.single_transformer_blocks,
+            *self.controlnet.transformer_blocks,
+        ]:
+            block.compile(dynamic=False)
+
 
 def build(recipe: Recipe, start: Bundle | None) -> Networks:
     """Fresh networks of the recipe's sizes, float32, or those of the bundle `start` (whose sizes then count)."""

@@ -52,7 +52,7 @@ def draw_texture(seed: int, step: int, shape: torch.Size, t_range: tuple[float, 
 def restoration_step(
     networks: Networks,
     recipe: Recipe,
-    perceptual: Perceptual,
+    perceptual: Perceptual | None,
     step: int,
     hq: Tensor,
     lq_up: Tensor,

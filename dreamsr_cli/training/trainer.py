@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,7 @@ class TrainJob:
     max_steps: int | None
     device: torch.device
     dtype: torch.dtype
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def train(job: TrainJob, progress: Progress) -> TrainResult:
         progress.note(f"patch transform keeps {kept['variance_kept']:.4f} of the variance, {kept['psnr_db']:.1f} dB")
         checkpoints.append_log(job.out, {"step": 0, **kept})
     networks.to(job.device, job.dtype)
+    if job.compile:
+        networks.compile_blocks()
     run = _Run(job, networks, source, perceptual)
     if saved is not None:
         run.restore(*saved)
@@ -105,7 +108,7 @@ def train(job: TrainJob, progress: Progress) -> TrainResult:
 class _Run:
     """State of a run between checkpoints."""
 
-    def __init__(self, job: TrainJob, networks: Networks, source: PhotoSource, perceptual: Perceptual) -> None:
+    def __init__(self, job: TrainJob, networks: Networks, source: PhotoSource, perceptual: Perceptual | None) -> None:
         self.job, self.networks, self.source, self.perceptual = job, networks, source, perceptual
         self.step = 0
         optim = job.recipe.optim
@@ -221,7 +224,7 @@ class _Crops:
         before = [0] * len(plans)
         for step in range(start):
             before[plan_of_step(recipe, step)] += 1
-        self._streams: list[Iterator[Batch]] = [
+        self._streams: list[Generator[Batch]] = [
             batches(source, crop_settings(recipe, i), plan.batch, before[i], recipe.data.workers)
             for i, plan in enumerate(plans)
         ]
@@ -233,7 +236,7 @@ class _Crops:
 
     def close(self) -> None:
         for stream in self._streams:
-            stream.close()  # type: ignore[attr-defined]
+            stream.close()
 
 
 def plan_of_step(recipe: Recipe, step: int) -> int:

@@ -21,7 +21,7 @@ TEXTURE_T = (0.2, 0.8)
 
 @torch.no_grad()
 def validate(
-    networks: Networks, recipe: Recipe, source: PhotoSource, perceptual: Perceptual, stage: Stage
+    networks: Networks, recipe: Recipe, source: PhotoSource, perceptual: Perceptual | None, stage: Stage
 ) -> dict[str, float]:
     """Mean PSNR in dB (RGB, peak 1) and perceptual distance of the enlarged input ("cubic") and of stage 1 ("removed"),
     and the velocity error at fixed times; for stage autoencoder the round trip's PSNR."""
@@ -49,9 +49,10 @@ def validate(
             z_dr = remove(networks, z_lq, local, glob, recipe.sampling.t_r)
         removed = autoencoder.decode(z_dr).clamp(-1, 1)
         add("cubic_psnr", _psnr(lq_up, hq))
-        add("cubic_perceptual", perceptual(lq_up, hq).mean())
         add("removed_psnr", _psnr(removed, hq))
-        add("removed_perceptual", perceptual(removed, hq).mean())
+        if perceptual is not None:
+            add("cubic_perceptual", perceptual(lq_up, hq).mean())
+            add("removed_perceptual", perceptual(removed, hq).mean())
         _, eps = draw_texture(recipe.seed, -1 - batch.step, z_0.shape, (0.0, 1.0))
         features = networks.dit.prepare(networks.controlnet(z_dr, z_dr.new_zeros(len(z_dr)), local, mask_pads=True))
         for t in TEXTURE_T:
@@ -59,7 +60,7 @@ def validate(
             z_t = flow.mix(z_0, eps.to(device), t)
             v = networks.dit(z_t, t_B, glob, features)
             add(f"velocity_{t}", (v - flow.velocity_target(z_0, eps.to(device))).square().mean())
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     return {name: sum(values) / len(values) for name, values in figures.items()}
 
 
