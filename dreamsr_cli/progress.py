@@ -12,6 +12,10 @@ class Progress(Protocol):
         """A phase named `name` begins; it will advance `total` units (tiles, strips, steps)."""
         ...
 
+    def at(self, place: str) -> None:
+        """Where inside the present phase the work is ("step 3 of 16"); ends with the phase."""
+        ...
+
     def advance(self, count: int = 1) -> None:
         """`count` units of the present phase are done."""
         ...
@@ -25,6 +29,9 @@ class SilentProgress:
     """Says nothing; the default of the library and of `--quiet`."""
 
     def phase(self, name: str, total: int) -> None:
+        pass
+
+    def at(self, place: str) -> None:
         pass
 
     def advance(self, count: int = 1) -> None:

@@ -21,7 +21,7 @@ def canvas_size(
     """(out_width, out_height) in pixels for a photo of `width` x `height`; exactly one of the three is given.
 
     Each side is side * factor rounded half up, computed exactly (a scale means its decimal digits: 1.1 is 11/10).
-    `UsageError` where the factor is outside of 1 to 8.
+    `UsageError`, with the photo's size and the values that the flag can take, where the factor is outside of 1 to 8.
     """
     given = {"--scale": scale, "--long-side": long_side, "--short-side": short_side}
     named = [(flag, value) for flag, value in given.items() if value is not None]
@@ -36,8 +36,11 @@ def canvas_size(
         raise UsageError(f"{flag} {value} is not a finite number", f"give {flag} a number") from error
     if not SMALLEST_FACTOR <= factor <= LARGEST_FACTOR:
         low, high = SMALLEST_FACTOR * side, LARGEST_FACTOR * side
-        photo = "" if flag == "--scale" else f" for a photo of {width} x {height}"
-        raise UsageError(f"{flag} {value} is out of range{photo}", f"use {flag} between {low} and {high}")
+        nearest = low if factor < SMALLEST_FACTOR else high
+        raise UsageError(
+            f"{flag} {value} is out of range for a photo of {width} x {height} pixels",
+            f"use {flag} {nearest}; anything from {low} to {high} is possible",
+        )
     return _scaled(width, factor), _scaled(height, factor)
 
 

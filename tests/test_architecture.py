@@ -14,9 +14,22 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dreamsr_cli"
 
 LAYERS = (
     ("__init__", "errors", "progress", "config", "draws"),
-    ("images", "resample", "colour", "tiling", "multidiffusion", "flow", "journal", "weights", "device"),
+    (
+        "images",
+        "photo_metadata",
+        "photo_encoders",
+        "photo_writer",
+        "resample",
+        "colour",
+        "tiling",
+        "multidiffusion",
+        "flow",
+        "journal",
+        "weights",
+        "device",
+    ),
     ("models",),
-    ("prompts", "sampler", "degradations", "losses"),
+    ("prompts", "canvas", "sampler", "degradations", "losses"),
     ("engine", "planning", "training", "evaluation"),
     ("cli", "__main__"),
 )

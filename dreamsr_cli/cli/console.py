@@ -79,7 +79,7 @@ class PlainDisplay:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._label = ""
+        self._label = self._phase = ""
 
     @contextmanager
     def photo(self, label: str) -> Generator[None]:
@@ -91,7 +91,11 @@ class PlainDisplay:
 
     def phase(self, name: str, total: int) -> None:
         stop_if_asked()
+        self._phase = name
         self._say(f"{self._label}{name} ({total})")
+
+    def at(self, place: str) -> None:
+        self._say(f"{self._label}{self._phase}, {place}")
 
     def advance(self, count: int = 1) -> None:
         stop_if_asked()
@@ -110,7 +114,7 @@ class BarDisplay:
         self._console = console
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
-        self._label = ""
+        self._label = self._phase = ""
 
     @contextmanager
     def photo(self, label: str) -> Generator[None]:
@@ -138,7 +142,12 @@ class BarDisplay:
             return
         if self._task is not None:
             self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(f"{self._label}  {one_line(name)}", total=total)
+        self._phase = f"{self._label}  {one_line(name)}"
+        self._task = self._bar.add_task(self._phase, total=total)
+
+    def at(self, place: str) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=f"{self._phase}, {one_line(place)}")
 
     def advance(self, count: int = 1) -> None:
         stop_if_asked()

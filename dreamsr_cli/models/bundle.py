@@ -144,7 +144,8 @@ def open_bundle(model: str, weights: str | None = None) -> Bundle:
     over = read_config(run)
     if to_dict(over.latent) != to_dict(bundle.config.latent) or over.control.map != bundle.config.control.map:
         raise ConfigError(
-            f"--weights {weights} was trained for another base than --model {model}", "leave out --model, or give its base"
+            f"--weights {weights} was trained for another base than --model {model}",
+            "leave out --model, or give its base",
         )
     parts = dict(bundle.config.parts)
     for name, part in over.parts.items():

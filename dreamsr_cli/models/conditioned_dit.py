@@ -29,7 +29,13 @@ class Injections:
     keys_values: list[tuple[Tensor, Tensor]] | None
     """For each injected DiT block, keys and values of the local text, (B, N, S, D/N)."""
     local_mask_BS: Tensor | None
-    """True where the local text is text."""
+    """True where the local text is text; None where nothing is padded."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        tensors = [*self.image, *(t for pair in self.keys_values or [] for t in pair)]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class ConditionedDiT(nn.Module):

@@ -47,9 +47,7 @@ class ContextAttention(ModelMixin, ConfigMixin):
     """One `ContextCrossAttention` for every injected DiT block, in block order."""
 
     @register_to_config
-    def __init__(
-        self, injections: int, num_attention_heads: int, attention_head_dim: int, mlp: bool = False
-    ) -> None:
+    def __init__(self, injections: int, num_attention_heads: int, attention_head_dim: int, mlp: bool = False) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
             ContextCrossAttention(num_attention_heads, attention_head_dim, mlp) for _ in range(injections)

@@ -23,13 +23,15 @@ class TextEmbedding:
     """Token embeddings, the transformer's `encoder_hidden_states`."""
     pooled_BD: Tensor
     """Pooled vector, the transformer's `pooled_projections`."""
-    mask_BT: Tensor
-    """True where a token is text, False where it is padding."""
+    mask_BT: Tensor | None
+    """True where a token is text, False where it is padding; None where nothing is padded."""
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> TextEmbedding:
         """The same on another device, embeddings in `dtype`."""
         return TextEmbedding(
-            self.tokens_BTD.to(device, dtype), self.pooled_BD.to(device, dtype), self.mask_BT.to(device)
+            self.tokens_BTD.to(device, dtype),
+            self.pooled_BD.to(device, dtype),
+            None if self.mask_BT is None else self.mask_BT.to(device),
         )
 
 
@@ -45,7 +47,10 @@ class TextEncoder(Protocol):
 
 
 def stack(embeddings: Sequence[TextEmbedding], length: int | None = None) -> TextEmbedding:
-    """A batch from embeddings of batch 1, zero-padded at the end to `length` tokens (default: the longest)."""
+    """A batch from embeddings of batch 1, zero-padded at the end to `length` tokens (default: the longest).
+
+    The batch has no mask if no token of it is padding.
+    """
     longest = max(e.tokens_BTD.shape[1] for e in embeddings)
     length = longest if length is None else length
     if length < longest:
@@ -55,10 +60,15 @@ def stack(embeddings: Sequence[TextEmbedding], length: int | None = None) -> Tex
         missing = length - x.shape[1]
         return torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], 1) if missing else x
 
+    def mask(e: TextEmbedding) -> Tensor:
+        tokens = e.tokens_BTD
+        return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if e.mask_BT is None else e.mask_BT
+
+    mask_BT = torch.cat([padded(mask(e)) for e in embeddings])
     return TextEmbedding(
         torch.cat([padded(e.tokens_BTD) for e in embeddings]),
         torch.cat([e.pooled_BD for e in embeddings]),
-        torch.cat([padded(e.mask_BT) for e in embeddings]),
+        None if bool(mask_BT.all()) else mask_BT,
     )
 
 
@@ -85,8 +95,8 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         self.trunk = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(width)
 
-    def tokenize(self, texts: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor, list[int]]:
-        """(bytes_BTG int64, mask_BT bool, indices of cut texts); cut at a whole character."""
+    def tokenize(self, texts: Sequence[str], max_tokens: int, multiple: int = 1) -> tuple[Tensor, Tensor, list[int]]:
+        """(bytes_BTG int64, mask_BT bool, indices of cut texts); cut at a whole character, T padded to a multiple of `multiple`."""
         limit = min(max_tokens, self.max_tokens) * self.group
         rows, cut = [], []
         for index, text in enumerate(texts):
@@ -96,8 +106,9 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
                 cut.append(index)
             rows.append(raw)
         groups = [max(1, -(-len(raw) // self.group)) for raw in rows]
-        ids = torch.full((len(rows), max(groups) * self.group), self.PAD, dtype=torch.long)
-        mask = torch.zeros(len(rows), max(groups), dtype=torch.bool)
+        length = min(-(-max(groups) // multiple) * multiple, self.max_tokens)
+        ids = torch.full((len(rows), length * self.group), self.PAD, dtype=torch.long)
+        mask = torch.zeros(len(rows), length, dtype=torch.bool)
         for i, (raw, n) in enumerate(zip(rows, groups, strict=True)):
             ids[i, : len(raw)] = torch.tensor(list(raw), dtype=torch.long)
             mask[i, :n] = True
@@ -154,6 +165,8 @@ class FluxTextEncoder:
             [text], padding="max_length", max_length=clip_length, truncation=True, return_tensors="pt"
         )
         pooled = self.clip(clip.input_ids.to(clip_device)).pooler_output
-        t5 = self.t5_tokenizer([text], padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt")
+        t5 = self.t5_tokenizer(
+            [text], padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt"
+        )
         tokens = self.t5(t5.input_ids.to(t5_device)).last_hidden_state
         return TextEmbedding(tokens, pooled, t5.attention_mask.bool().to(t5_device))

@@ -40,14 +40,18 @@ def position_ids(text_tokens: int, height: int, width: int, device: torch.device
 
 
 @lru_cache(maxsize=16)
-def _rotary(theta: int, axes: tuple[int, ...], text: int, height: int, width: int, device: str) -> tuple[Tensor, Tensor]:
+def _rotary(
+    theta: int, axes: tuple[int, ...], text: int, height: int, width: int, device: str
+) -> tuple[Tensor, Tensor]:
     from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
     with torch.inference_mode(False), torch.no_grad():
         return FluxPosEmbed(theta, list(axes))(position_ids(text, height, width, torch.device(device)))
 
 
-def rotary(pos_embed: nn.Module, text_tokens: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary(
+    pos_embed: nn.Module, text_tokens: int, height: int, width: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """The (cosine, sine) pair of `pos_embed` for this layout, float32, computed once per layout."""
     return _rotary(pos_embed.theta, tuple(pos_embed.axes_dim), text_tokens, height, width, str(device))  # type: ignore[arg-type]
 

@@ -191,16 +191,15 @@ class _Run:
         with torch.autocast(job.device.type, job.dtype, enabled=job.dtype != torch.float32):
             if job.stage.restore:
                 texts = blank_some(recipe, self.step, batch.local_texts, batch.global_texts)
-                loss, terms = restoration_step(
-                    self.networks, recipe, self.perceptual, self.step, hq, lq_up, texts
-                )
+                loss, terms = restoration_step(self.networks, recipe, self.perceptual, self.step, hq, lq_up, texts)
             else:
                 loss, terms = reconstruction_step(self.networks, hq)
         loss.backward()
         norm = self.masters.take_gradients(recipe.optim.clip)
         if not torch.isfinite(torch.tensor([float(loss.detach()), norm])).all():
             raise TrainingError(
-                f"the loss is not finite at step {self.step}", "resume with a lower --set optim.lr from the last checkpoint"
+                f"the loss is not finite at step {self.step}",
+                "resume with a lower --set optim.lr from the last checkpoint",
             )
         self.optimizer.step()
         self.masters.publish(self.step)

@@ -1,0 +1,144 @@
+"""Between a photo's pixels and the canvas' latent, strip by strip: float pixels of the whole canvas never exist.
+
+Axes: P Q pixel rows and columns, C channels, H W latent rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import numpy as np
+import torch
+
+from dreamsr_cli.images import Photo
+from dreamsr_cli.models.autoencoder import STRIDE, Autoencoder
+from dreamsr_cli.progress import Progress
+from dreamsr_cli.resample import resize_rows
+from dreamsr_cli.tiling import TileGrid
+
+STRIP = 256
+"""Pixel rows encoded or decoded at a time."""
+
+
+class EnlargedPhoto:
+    """The photo at the target size by the antialiased cubic, row by row: what is encoded, and the colour fix's reference."""
+
+    def __init__(self, photo: Photo, width: int, height: int) -> None:
+        self.photo, self.width, self.height = photo, width, height
+
+    def read_rows(self, top: int, bottom: int) -> np.ndarray:
+        """Rows [top, bottom), float32 (rows, width, 3), clipped to [0, 1]."""
+        info = self.photo.info
+        rows = resize_rows(self.photo.read_rows, info.height, info.width, self.height, self.width, top, bottom)
+        return np.clip(rows, 0, 1)
+
+    def read_padded(self, top: int, bottom: int, padded_width: int) -> np.ndarray:
+        """Rows [top, bottom) of the canvas padded right and bottom by reflection."""
+        rows = reflected(np.arange(top, bottom), self.height)
+        first = int(rows.min())
+        strip = self.read_rows(first, int(rows.max()) + 1)[rows - first]
+        return strip[:, reflected(np.arange(padded_width), self.width)]
+
+    def read_alpha(self, top: int, bottom: int) -> np.ndarray | None:
+        """Rows [top, bottom) of the enlarged alpha, (rows, width) in [0, 1]; None for a photo without."""
+        if not self.photo.info.alpha:
+            return None
+
+        def read(first: int, last: int) -> np.ndarray:
+            alpha_PQ = self.photo.read_alpha(first, last)
+            assert alpha_PQ is not None
+            return alpha_PQ[..., None]
+
+        info = self.photo.info
+        return np.clip(resize_rows(read, info.height, info.width, self.height, self.width, top, bottom), 0, 1)[..., 0]
+
+
+def reflected(index: np.ndarray, length: int) -> np.ndarray:
+    """Indices beyond [0, length) folded back by reflection that does not repeat the border (numpy's "reflect")."""
+    if length == 1:
+        return np.zeros_like(index)
+    period = 2 * (length - 1)
+    folded = np.abs(index) % period
+    return np.where(folded < length, folded, period - folded)
+
+
+@torch.inference_mode()
+def encode(
+    enlarged: EnlargedPhoto, grid: TileGrid, autoencoder: Autoencoder, device: torch.device, progress: Progress
+) -> np.ndarray:
+    """z_lq of the padded canvas, float32 (C, H, W), encoded in strips with the autoencoder's halo around each."""
+    height, width = grid.canvas_height, grid.canvas_width
+    z_CHW = np.empty((autoencoder.channels, height // STRIDE, width // STRIDE), np.float32)
+    halo = 0 if autoencoder.exact else autoencoder.halo
+    progress.phase("encode", -(-height // STRIP))
+    for top in range(0, height, STRIP):
+        bottom = min(top + STRIP, height)
+        first, last = max(0, top - halo), min(height, bottom + halo)
+        rgb_PQC = enlarged.read_padded(first, last, width)
+        rgb_BCPQ = torch.from_numpy(np.ascontiguousarray(rgb_PQC.transpose(2, 0, 1)))[None].to(device) * 2 - 1
+        z = autoencoder.encode(rgb_BCPQ)[0].cpu().numpy()
+        z_CHW[:, top // STRIDE : bottom // STRIDE] = z[:, (top - first) // STRIDE : (bottom - first) // STRIDE]
+        progress.advance()
+    return z_CHW
+
+
+class DecodedCanvas:
+    """Rows of the decoded canvas on demand; the strips decoded last are kept.
+
+    Strips are decoded with the autoencoder's halo. Where that is exact the halo is cut off; else (FLUX's VAE) neighbouring strips are cross-faded
+    over it.
+    """
+
+    KEPT = 4
+
+    def __init__(
+        self, z_CHW: np.ndarray, width: int, autoencoder: Autoencoder, device: torch.device, progress: Progress
+    ) -> None:
+        self._z, self._width, self._device = z_CHW, width, device
+        self._autoencoder, self._progress = autoencoder, progress
+        self._rows = z_CHW.shape[1] * STRIDE
+        self._strips: OrderedDict[int, np.ndarray] = OrderedDict()
+        progress.phase("decode", self.strips)
+
+    @property
+    def strips(self) -> int:
+        """How many strips the canvas has."""
+        return -(-self._rows // STRIP)
+
+    def read_rows(self, top: int, bottom: int) -> np.ndarray:
+        """Rows [top, bottom), float32 (rows, width, 3), about [0, 1] (not clipped: the colour fix comes first)."""
+        fade = 0 if self._autoencoder.exact else self._autoencoder.halo // 2
+        out = np.zeros((bottom - top, self._width, 3), np.float32)
+        weights = np.zeros(bottom - top, np.float32)
+        for strip in range(max(0, (top - fade) // STRIP), min(self.strips, -(-(bottom + fade) // STRIP))):
+            begin, end = strip * STRIP, min((strip + 1) * STRIP, self._rows)
+            first, last = max(top, begin - fade, 0), min(bottom, end + fade, self._rows)
+            if first >= last:
+                continue
+            extended, origin = self._decoded(strip)
+            rows = np.arange(first, last)
+            weight = np.ones(len(rows), np.float32)
+            if fade:
+                inside = np.minimum(rows + 0.5 - (begin - fade), (end + fade) - rows - 0.5) / (2 * fade)
+                at_edge = (rows < fade) & (begin == 0) | (rows >= self._rows - fade) & (end == self._rows)
+                weight = np.where(at_edge, 1.0, np.clip(inside, 0, 1)).astype(np.float32)
+            out[first - top : last - top] += extended[first - origin : last - origin] * weight[:, None, None]
+            weights[first - top : last - top] += weight
+        return out / weights[:, None, None]
+
+    @torch.inference_mode()
+    def _decoded(self, strip: int) -> tuple[np.ndarray, int]:
+        halo = self._autoencoder.halo
+        begin, end = strip * STRIP, min((strip + 1) * STRIP, self._rows)
+        first, last = max(0, begin - halo), min(self._rows, end + halo)
+        if strip in self._strips:
+            self._strips.move_to_end(strip)
+            return self._strips[strip], first
+        z = torch.from_numpy(self._z[None, :, first // STRIDE : last // STRIDE]).to(self._device)
+        rgb_CPQ = self._autoencoder.decode(z)[0].cpu().numpy()
+        rgb_PQC = np.ascontiguousarray(rgb_CPQ.transpose(1, 2, 0)[:, : self._width]) * 0.5 + 0.5
+        self._strips[strip] = rgb_PQC
+        if len(self._strips) > self.KEPT:
+            self._strips.popitem(last=False)
+        self._progress.advance()
+        return rgb_PQC, first
