@@ -21,7 +21,8 @@ STRIP = 256
 
 
 class EnlargedPhoto:
-    """The photo at the target size by the antialiased cubic, row by row: what is encoded, and the colour fix's reference."""
+    """The photo at the target size by the antialiased cubic, row by row: what is encoded, and the colour fix's
+    reference."""
 
     def __init__(self, photo: Photo, width: int, height: int) -> None:
         self.photo, self.width, self.height = photo, width, height
@@ -85,8 +86,8 @@ def encode(
 class DecodedCanvas:
     """Rows of the decoded canvas on demand; the strips decoded last are kept.
 
-    Strips are decoded with the autoencoder's halo. Where that is exact the halo is cut off; else (FLUX's VAE) neighbouring strips are cross-faded
-    over it.
+    Strips are decoded with the autoencoder's halo. Where that is exact the halo is cut off; else (FLUX's VAE)
+    neighbouring strips are cross-faded over it.
     """
 
     KEPT = 4

@@ -1,7 +1,8 @@
 """Every setting as a frozen dataclass: the only home of a default, one docstring per field.
 
-Precedence (docs/decisions.md): flag > `DREAMSR_*` environment > `./dreamsr.toml` > the bundle's `defaults` and `sampling` > this file.
-A field whose default is None is decided by the bundle. TOML and JSON with an unknown key or a wrong type are errors.
+Precedence (docs/decisions.md): flag > `DREAMSR_*` environment > `./dreamsr.toml` > the bundle's `defaults` and
+`sampling` > this file. A field whose default is None is decided by the bundle. TOML and JSON with an unknown key or
+a wrong type are errors.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class SamplingConfig:
     steps: int = 16
     """Texture steps; the default of `--steps`."""
     guidance: float | None = None
-    """FLUX's guidance embedding in texture steps; None for a bundle without that embedding (removal always uses 1.0)."""
+    """FLUX's guidance embedding in texture steps; None for a bundle without that embedding (removal always uses
+    1.0)."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,8 @@ class UpscaleConfig:
     removal: bool = True
     """Run stage 1; False starts texture from z_lq (ablation)."""
     precision: str = "auto"
-    """"auto", "fp32", "bf16" or "fp16": dtype of the networks. auto: bf16 where the device computes it natively, else fp32."""
+    """"auto", "fp32", "bf16" or "fp16": dtype of the networks. auto: bf16 where the device computes it natively,
+    else fp32."""
     device: str = "auto"
     """"auto", "cpu", "cuda", "cuda:N", "mps" or "xpu"."""
     tile_batch: int = 4
@@ -208,7 +211,7 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str) -> T:
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected a table, found {type(data).__name__}", "check the file against the docs")
     hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    known = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
     for key in data:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

@@ -1,4 +1,5 @@
-"""Which device and which precision: `auto` measured by what the processor can do, never silently another than asked for."""
+"""Which device and which precision: `auto` measured by what the processor can do, never silently another than asked
+for."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA, XPU or MPS where present, else the CPU. Raises `DeviceError` if it isn't there."""
+    """The device called `name`; "auto" is CUDA, XPU or MPS where present, else the CPU. Raises `DeviceError` if it
+    isn't there."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -50,7 +52,8 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether matrix products run in bfloat16 hardware (AMX or AVX512-BF16, or Arm's); emulated bfloat16 would be slower than float32."""
+    """Whether matrix products run in bfloat16 hardware (AMX or AVX512-BF16, or Arm's); emulated bfloat16 would be
+    slower than float32."""
     capabilities = torch.cpu.get_capabilities()
     return any(bool(capabilities.get(name)) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 

@@ -90,8 +90,8 @@ def upscale(
 ) -> UpscaleResult:
     """Restore `photo_path` at a larger size and write `out_path`, whole or not at all.
 
-    The calls in order are the method. Raises `UsageError` for settings that make no sense with this bundle, `InputError`, `OutputError`,
-    `WeightsError`, `DeviceError`.
+    The calls in order are the method. Raises `UsageError` for settings that make no sense with this bundle,
+    `InputError`, `OutputError`, `WeightsError`, `DeviceError`.
     """
     began = time.monotonic()
     settings = check_settings(config, bundle)
@@ -152,7 +152,8 @@ def upscale(
 
 
 def _target(photo: Photo, settings: Settings) -> tuple[int, int]:
-    """(width, height) of the result. A side that doesn't suit this photo is this photo's error, not the whole folder's."""
+    """(width, height) of the result. A side that doesn't suit this photo is this photo's error, not the whole
+    folder's."""
     info = photo.info
     try:
         return canvas_size(info.width, info.height, settings.scale, settings.long_side, settings.short_side)

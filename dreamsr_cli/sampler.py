@@ -1,7 +1,9 @@
-"""The method's two stages on a canvas of overlapping tiles: remove degradation (1 step), renoise, generate texture (N steps).
+"""The method's two stages on a canvas of overlapping tiles: remove degradation (1 step), renoise, generate texture (N
+steps).
 
-Source: DreamSR, section 3 and eq. 3; tiles merged as in MultiDiffusion, in velocity. The unit of work is the batch of tiles: batch b holds tiles
-[bB, (b+1)B) in row-major order, the last one padded by repeating its last tile. Axes: C channels, H W latent rows and columns of the canvas.
+Source: DreamSR, section 3 and eq. 3; tiles merged as in MultiDiffusion, in velocity. The unit of work is the batch
+of tiles: batch b holds tiles [bB, (b+1)B) in row-major order, the last one padded by repeating its last tile. Axes:
+C channels, H W latent rows and columns of the canvas.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from dreamsr_cli.tiling import Tile, TileGrid
 REMOVAL_GUIDANCE = 1.0
 """FLUX's guidance input in the removal step, as in training (method.md)."""
 CONTROL_BYTES = 512 * 2**20
-"""Control features are kept between steps up to this size in all; beyond it they are computed again, with the same result."""
+"""Control features are kept between steps up to this size in all; beyond it they are computed again, with the same
+result."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,14 @@ class Texts:
 
     @property
     def length(self) -> int:
-        """Tokens of the longest local prompt: every batch is padded to it, so that no batch depends on its neighbours."""
+        """Tokens of the longest local prompt: every batch is padded to it, so that no batch depends on its
+        neighbours."""
         return max(e.tokens_BTD.shape[1] for e in self.local)
 
 
 class Sampler:
-    """Both stages for one canvas. Canvases are float32 numpy arrays (C, H, W); only batches of tiles go to the device."""
+    """Both stages for one canvas. Canvases are float32 numpy arrays (C, H, W); only batches of tiles go to the
+    device."""
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,8 @@ def photo(path: Path, width: int = 37, height: int = 29, mode: str = "RGB") -> P
 
 
 def run(bundle: Bundle, source: Path, target: Path, **settings) -> UpscaleResult:
-    config = UpscaleConfig(**{"tile": 64, "overlap": 16, "steps": 2, "precision": "fp32", "scale": 2.0, **settings})
+    base = UpscaleConfig(tile=64, overlap=16, steps=2, precision="fp32", scale=2.0)
+    config = replace(base, **settings)
     return upscale(source, target, bundle, config, OutputConfig(), SilentProgress())
 
 

@@ -6,8 +6,8 @@ Pixels are RGB in [-1, 1]; latents are scaled as the transformer expects them (a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,19 +53,18 @@ class Refiner(nn.Module):
         folded = 3 * self.FOLD**2
         self.entry = nn.Conv2d(folded, width, 3, padding=1)
         self.blocks = nn.ModuleList(
-            nn.ModuleList([nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)])
+            nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1))
             for _ in range(blocks)
         )
         self.exit = nn.Conv2d(width, folded, 3, padding=1)
-        nn.init.zeros_(self.exit.weight)
-        nn.init.zeros_(self.exit.bias)  # type: ignore[arg-type]
+        for parameter in self.exit.parameters():
+            nn.init.zeros_(parameter)
         self.reach = self.FOLD * (2 + 2 * blocks)
 
     def forward(self, rgb_B3PQ: Tensor) -> Tensor:
         x = F.pixel_unshuffle(rgb_B3PQ, self.FOLD)
         x = self.entry(x)
-        for pair in self.blocks:
-            first, second = pair  # type: ignore[misc]
+        for first, second in (cast(nn.Sequential, pair) for pair in self.blocks):
             x = x + second(F.silu(first(F.silu(x))))
         return rgb_B3PQ + F.pixel_shuffle(self.exit(F.silu(x)), self.FOLD)
 
@@ -73,9 +72,9 @@ class Refiner(nn.Module):
 class PatchAutoencoder(ModelMixin, ConfigMixin):
     """Closed-form patch transform (PCA of 8x8x3 blocks) with a small convolutional refiner after the linear decode.
 
-    Component k of a block is divided by `gain_C[k]`. With `whitening` 0.5 that is the square root of its standard deviation: half-way
-    to unit variance, so that coarse colour keeps more signal than noise (full whitening made the texture stage paint coloured blocks).
-    The transform stays in float32 whatever dtype the refiner has.
+    Component k of a block is divided by `gain_C[k]`. With `whitening` 0.5 that is the square root of its standard
+    deviation: half-way to unit variance, so that coarse colour keeps more signal than noise (full whitening made the
+    texture stage paint coloured blocks). The transform stays in float32 whatever dtype the refiner has.
     """
 
     exact = True
@@ -95,14 +94,16 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         self.halo = -(-self.refiner.reach // STRIDE) * STRIDE
 
     @torch.no_grad()
-    def fit(self, batches: Callable[[], list[Tensor]] | list[Tensor]) -> dict[str, float]:
+    def fit(self, batches: Iterable[Tensor]) -> dict[str, float]:
         """Set the transform by PCA over all 8x8 blocks of `batches` (tensors (B, 3, P, Q) in [-1, 1]).
 
         Returns the share of variance kept and the peak signal-to-noise ratio in dB of the linear round trip (peak = 2).
         """
-        count, total, outer = 0, 0.0, 0.0
-        for rgb in batches() if callable(batches) else batches:
-            rows_NK = _blocks(rgb.float()).transpose(1, 2).reshape(-1, 3 * STRIDE**2).double()
+        block, count = 3 * STRIDE**2, 0
+        total = torch.zeros(block, dtype=torch.float64)
+        outer = torch.zeros(block, block, dtype=torch.float64)
+        for rgb in batches:
+            rows_NK = _blocks(rgb.float()).transpose(1, 2).reshape(-1, block).double()
             count += len(rows_NK)
             total = total + rows_NK.sum(0)
             outer = outer + rows_NK.T @ rows_NK
@@ -119,7 +120,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         self.mean_K.copy_(mean.float())
         self.basis_CK.copy_(kept.float())
         self.gain_C.copy_(gain.float())
-        lost = values[self.channels :].sum() / (3 * STRIDE**2)
+        lost = values[self.channels :].sum() / block
         return {
             "variance_kept": float(values[: self.channels].sum() / values.sum()),
             "psnr_db": float(10 * torch.log10(4 / lost.clamp_min(1e-12))),
@@ -133,7 +134,8 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         return F.conv2d(rgb_B3PQ.float(), weight, -(kernel_CK @ self.mean_K.float()), stride=STRIDE)
 
     def decode_linear(self, z_BCHW: Tensor) -> Tensor:
-        """The transform's inverse alone, float32: (B, 3, 8H, 8W); decode(encode(x)) projects x onto the kept components."""
+        """The transform's inverse alone, float32: (B, 3, 8H, 8W); decode(encode(x)) projects x onto the kept
+        components."""
         kernel_CK = self.basis_CK.float() * self.gain_C.float()[:, None]
         pixels = torch.einsum("bchw,ck->bkhw", z_BCHW.float(), kernel_CK) + self.mean_K.float()[None, :, None, None]
         return F.pixel_shuffle(pixels, STRIDE)
@@ -152,7 +154,8 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
 class FluxAutoencoder:
     """FLUX's `AutoencoderKL` behind the same contract: posterior mode, shifted and scaled.
 
-    GroupNorm and attention make a region's decoding depend on the whole, so `exact` is False: callers overlap and blend.
+    GroupNorm and attention make a region's decoding depend on the whole, so `exact` is False: callers overlap and
+    blend.
     """
 
     exact = False
@@ -177,7 +180,8 @@ class FluxAutoencoder:
 
 
 def decode_region(autoencoder: Autoencoder, z_CHW: Tensor, top: int, bottom: int) -> Tensor:
-    """Pixel rows [8*top, 8*bottom) of the decoded canvas, (3, 8*(bottom-top), 8W), from latent rows [top, bottom) and their halo.
+    """Pixel rows [8*top, 8*bottom) of the decoded canvas, (3, 8*(bottom-top), 8W), from latent rows [top, bottom) and
+    their halo.
 
     Equal to decoding the whole where `autoencoder.exact`. `z_CHW` is the whole canvas' latent.
     """

@@ -1,6 +1,7 @@
 """A bundle: a folder of weights opened phase by phase, so that encoders are freed before the restorer is loaded.
 
-A bundle holds `bundle.json` and one sub-folder per part in the library's own format (diffusers, transformers, peft; safetensors only).
+A bundle holds `bundle.json` and one sub-folder per part in the library's own format (diffusers, transformers, peft;
+safetensors only).
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
 from dreamsr_cli.config import BundleConfig, PartConfig, from_dict, to_dict
@@ -69,7 +71,7 @@ class Bundle:
             raise WeightsError(f"bundle {self.config.name} has no part {name!r}", f"add it to {CONFIG_FILE}")
         if part.lock is not None:
             raise WeightsError(
-                f"part {name!r} of bundle {self.config.name} lies in weights.lock entry {part.lock!r}, not on this disk",
+                f"part {name!r} of bundle {self.config.name} is entry {part.lock!r} of weights.lock, not on this disk",
                 "use a bundle whose parts have a path, such as --model mini",
             )
         root = open_bundle(part.bundle).part_folder(name) if part.bundle else self.folder / (part.path or name)
@@ -93,19 +95,20 @@ class Bundle:
         folder = self.part_folder("text_encoder")
         if (folder / "config.json").is_file() and _class_name(folder) == "ByteTextEncoder":
             return _load(ByteTextEncoder, folder, torch.float32).to(device)
-        from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+        from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
         try:
             clip = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, use_safetensors=True)
             t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=dtype, use_safetensors=True)
-            clip_tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-            t5_tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer_2")
+            tokenizers = [AutoTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2")]
+            clip_tokenizer, t5_tokenizer = (cast(PreTrainedTokenizerBase, t) for t in tokenizers)
         except (OSError, ValueError, KeyError) as error:
             raise WeightsError(f"{folder}: not a CLIP + T5 text encoder: {error}", "fetch the bundle again") from error
         return FluxTextEncoder(clip_tokenizer, clip.eval().to(device), t5_tokenizer, t5.eval().to(device))
 
     def open_restorer(self, device: torch.device, dtype: torch.dtype, mask_pads: bool) -> Restorer:
-        """Transformer, ControlNet, cross-attention and LoRA in evaluation mode. `mask_pads`: see `TextEncoder.pads_are_seen`."""
+        """Transformer, ControlNet, cross-attention and LoRA in evaluation mode. `mask_pads`: see
+        `TextEncoder.pads_are_seen`."""
         control, parts = self.config.control, self.config.parts
         if control.input != "condition":
             raise ConfigError(f"control.input {control.input!r} is not supported yet", 'use "condition"')
@@ -118,9 +121,10 @@ class Bundle:
         )
         lora = RestorationLoRA.load(transformer, self.part_folder("lora")) if "lora" in parts else None
         dit = ConditionedDiT(transformer, context, control.map, mask_pads)
-        if dit.features_needed != len(controlnet.transformer_blocks):
+        made = len(controlnet.transformer_blocks)
+        if dit.features_needed != made:
             raise ConfigError(
-                f"control.map uses {dit.features_needed} features, the ControlNet has {len(controlnet.transformer_blocks)}",
+                f"control.map uses {dit.features_needed} features, the ControlNet makes {made}",
                 f"correct {self.folder / CONFIG_FILE}",
             )
         dit.to(device, dtype).eval().requires_grad_(False)
@@ -131,7 +135,8 @@ class Bundle:
 def open_bundle(model: str, weights: str | None = None) -> Bundle:
     """The bundle `model` (a built-in name or a folder), with the trained parts of the run `weights` laid over it.
 
-    Raises `WeightsError` if there is none, `ConfigError` if bundle.json is not valid or names another base than `model`.
+    Raises `WeightsError` if there is none, `ConfigError` if bundle.json is not valid or names another base than
+    `model`.
     """
     folder = _find(model)
     bundle = Bundle(folder, read_config(folder))
@@ -191,7 +196,7 @@ def save_bundle(
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    modules = {
+    modules: dict[str, ModelMixin] = {
         "transformer": transformer,
         "vae": autoencoder,
         "text_encoder": text_encoder,
@@ -201,7 +206,7 @@ def save_bundle(
     for name, module in modules.items():
         part = folder / name
         part.mkdir(exist_ok=True)
-        module.save_config(part)  # type: ignore[operator]
+        module.save_config(part)
         tensors = state(name, module) if state else module.state_dict()
         plain = {k.replace(".base_layer.", "."): v for k, v in tensors.items() if "lora_" not in k}
         keep = {"mean_K", "basis_CK", "gain_C"}

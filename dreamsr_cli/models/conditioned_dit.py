@@ -1,12 +1,14 @@
 """The DiT walked block by block, with the MM-ControlNet's two injections where `control.map` says.
 
-Source: DreamSR, eq. 1 and 2. The transformer is diffusers' own `FluxTransformer2DModel`; only the walk is ours, because diffusers' ControlNet
-rule drops features (19 blocks and 9 features) and has no way into the text stream. Axes: B batch, C channels, H W latent, D width.
+Source: DreamSR, eq. 1 and 2. The transformer is diffusers' own `FluxTransformer2DModel`; only the walk is ours,
+because diffusers' ControlNet rule drops features (19 blocks and 9 features) and has no way into the text stream.
+Axes: B batch, C channels, H W latent, D width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dreamsr_cli.errors import ConfigError
-from dreamsr_cli.models.context_attention import ContextAttention
+from dreamsr_cli.models.context_attention import ContextAttention, ContextCrossAttention
 from dreamsr_cli.models.mm_controlnet import ControlFeatures, embed_time
 from dreamsr_cli.models.text_encoder import TextEmbedding
 from dreamsr_cli.models.tokens import joint_mask, pack, rotary, unpack
@@ -41,8 +43,9 @@ class Injections:
 class ConditionedDiT(nn.Module):
     """`FluxTransformer2DModel` with image features and local text injected after chosen double blocks.
 
-    `control_map[i]` is the feature that double block i receives, or None; blocks beyond the map's end receive nothing. Raises `ConfigError` if the
-    map is longer than the transformer or asks for more cross-attentions than there are.
+    `control_map[i]` is the feature that double block i receives, or None; blocks beyond the map's end receive
+    nothing. Raises `ConfigError` if the map is longer than the transformer or asks for more cross-attentions than
+    there are.
     """
 
     def __init__(
@@ -76,7 +79,8 @@ class ConditionedDiT(nn.Module):
         return len({f for f in self.control_map if f is not None})
 
     def prepare(self, features: ControlFeatures, scale: float = 1.0) -> Injections:
-        """Project what doesn't depend on the step. Raises `ValueError` unless every feature is used by the map and none is missing."""
+        """Project what doesn't depend on the step. Raises `ValueError` unless every feature is used by the map and
+        none is missing."""
         used = {f for f in self.control_map if f is not None}
         if used != set(range(len(features.image))):
             raise ValueError(f"the map uses features {sorted(used)}, the ControlNet made {len(features.image)}")
@@ -84,7 +88,7 @@ class ConditionedDiT(nn.Module):
         if self.context_attention is not None and features.text is not None:
             mapped = [f for f in self.control_map if f is not None]
             keys_values = [
-                attention.keys_values(features.text[feature])  # type: ignore[operator]
+                cast(ContextCrossAttention, attention).keys_values(features.text[feature])
                 for attention, feature in zip(self.context_attention.blocks, mapped, strict=True)
             ]
         image = features.image if scale == 1.0 else [f * scale for f in features.image]
@@ -100,8 +104,9 @@ class ConditionedDiT(nn.Module):
     ) -> Tensor:
         """Velocity v_BCHW in float32 of the latents `z_BCHW` (z_t, or z_lq in stage 1) at times `t_B` in [0, 1].
 
-        `text` is the global prompt: batch B, or batch 1 for all tiles, in which case modulation and text projections are computed once at
-        batch 1 if `t_B` has one entry too (small matrix products differ between batch sizes; decisions.md, Sameness).
+        `text` is the global prompt: batch B, or batch 1 for all tiles, in which case modulation and text projections
+        are computed once at batch 1 if `t_B` has one entry too (small matrix products differ between batch sizes;
+        decisions.md, Sameness).
         """
         dit = self.transformer
         batch, _, height, width = z_BCHW.shape

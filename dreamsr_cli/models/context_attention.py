@@ -1,10 +1,13 @@
 """Context Cross-Attention: the DiT's global text asks, the ControlNet's local text answers.
 
-Source: DreamSR, eq. 2; residual and zero-initialised (ours), because a literal assignment would wipe the frozen DiT's text stream at the
-start of training. Axes: B batch, T global text tokens, S local text tokens, N heads, D width.
+Source: DreamSR, eq. 2; residual and zero-initialised (ours), because a literal assignment would wipe the frozen
+DiT's text stream at the start of training. Axes: B batch, T global text tokens, S local text tokens, N heads, D
+width.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +19,8 @@ from dreamsr_cli.models.mm_controlnet import zero_projection
 
 
 class ContextCrossAttention(nn.Module):
-    """f_txt + M_txt(CrossAttention(P_Q f_txt, P_K f_c,txt, P_V f_c,txt)), heads as in the DiT, RMS norm on Q and K, no RoPE."""
+    """f_txt + M_txt(CrossAttention(P_Q f_txt, P_K f_c,txt, P_V f_c,txt)), heads as in the DiT, RMS norm on Q and K,
+    no RoPE."""
 
     def __init__(self, heads: int, head_dim: int, mlp: bool = False) -> None:
         super().__init__()
@@ -36,7 +40,8 @@ class ContextCrossAttention(nn.Module):
         return key, value
 
     def forward(self, text_BTD: Tensor, key: Tensor, value: Tensor, local_mask_BS: Tensor | None) -> Tensor:
-        """The DiT's text stream after the block, with the local text mixed in; padding of the local text is not attended to."""
+        """The DiT's text stream after the block, with the local text mixed in; padding of the local text is not
+        attended to."""
         query = self.norm_q(self.to_q(text_BTD).unflatten(-1, (self.heads, -1))).transpose(1, 2)
         mask = None if local_mask_BS is None else local_mask_BS[:, None, None, :]
         mixed = F.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value, attn_mask=mask)
@@ -58,12 +63,13 @@ class ContextAttention(ModelMixin, ConfigMixin):
 def wake_projections(module: nn.Module, std: float, seed: int) -> None:
     """Draw the zero-initialised last layers of all projections in `module` from N(0, (std / sqrt(D))^2).
 
-    For training a bundle without a prior (decisions.md: control not at zero but small), and for tests that must see an effect.
+    For training a bundle without a prior (decisions.md: control not at zero but small), and for tests that must see
+    an effect.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, child in module.named_modules():
         if name.split(".")[-1] == "text_projection" or ".image_projections." in f".{name}" and name.count(".") == 1:
             last = child[-1] if isinstance(child, nn.Sequential) else child
-            weight = last.weight  # type: ignore[union-attr]
+            weight = cast(nn.Linear, last).weight
             noise = torch.randn(weight.shape, generator=generator) * std / weight.shape[1] ** 0.5
             weight.copy_(noise.to(weight))

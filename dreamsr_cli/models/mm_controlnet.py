@@ -41,8 +41,8 @@ class ControlFeatures:
 class MMControlNet(ModelMixin, ConfigMixin):
     """MM-DiT blocks only (architecture of `FluxTransformer2DModel`), one zero-initialised projection per image feature.
 
-    `mlp` makes each projection two layers with the last at zero. Sizes come from the config alone: 2 blocks of width 256 for
-    the built-in model, 9 of width 3072 for FLUX.
+    `mlp` makes each projection two layers with the last at zero. Sizes come from the config alone: 2 blocks of width
+    256 for the built-in model, 9 of width 3072 for FLUX.
     """
 
     _no_split_modules = ["FluxTransformerBlock"]
@@ -57,7 +57,7 @@ class MMControlNet(ModelMixin, ConfigMixin):
         joint_attention_dim: int = 4096,
         pooled_projection_dim: int = 768,
         guidance_embeds: bool = False,
-        axes_dims_rope: tuple[int, ...] = (16, 56, 56),
+        axes_dims_rope: tuple[int, int, int] = (16, 56, 56),
         mlp: bool = False,
     ) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class MMControlNet(ModelMixin, ConfigMixin):
             joint_attention_dim=joint_attention_dim,
             pooled_projection_dim=pooled_projection_dim,
             guidance_embeds=guidance_embeds,
-            axes_dims_rope=tuple(axes_dims_rope),  # type: ignore[arg-type]
+            axes_dims_rope=axes_dims_rope,
         )
         self.pos_embed = trunk.pos_embed
         self.time_text_embed = trunk.time_text_embed
@@ -85,7 +85,8 @@ class MMControlNet(ModelMixin, ConfigMixin):
     def from_transformer(
         cls, transformer: FluxTransformer2DModel, control_map: tuple[int | None, ...], mlp: bool = False
     ) -> MMControlNet:
-        """Block l is a copy of the first DiT block that receives feature l; embeddings are copied too, projections are zero."""
+        """Block l is a copy of the first DiT block that receives feature l; embeddings are copied too, projections
+        are zero."""
         c: Any = transformer.config
         sources = [control_map.index(feature) for feature in sorted({f for f in control_map if f is not None})]
         control = cls(
@@ -110,8 +111,9 @@ class MMControlNet(ModelMixin, ConfigMixin):
     ) -> ControlFeatures:
         """Features of a batch of tiles.
 
-        `condition_BCHW`: z_lq in stage 1, z_dr in stage 2; `t_B`: the timestep in [0, 1] it is told; `text`: the tiles' local
-        prompts, batch B; `mask_pads`: hide padded text from self-attention (the built-in model; FLUX sees its padding).
+        `condition_BCHW`: z_lq in stage 1, z_dr in stage 2; `t_B`: the timestep in [0, 1] it is told; `text`: the
+        tiles' local prompts, batch B; `mask_pads`: hide padded text from self-attention (the built-in model; FLUX
+        sees its padding).
         """
         _, _, height, width = condition_BCHW.shape
         hidden = self.x_embedder(pack(condition_BCHW).to(self.x_embedder.weight.dtype))

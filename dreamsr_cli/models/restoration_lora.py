@@ -1,13 +1,13 @@
 """Restoration Acceleration LoRA: low-rank adapters on the DiT that are on only inside a `with`.
 
-Source: DreamSR, section 3.2. Attention and feed-forward linears of all double and single blocks (1,046 M parameters at rank 256 and FLUX size), alpha =
-rank. peft does the arithmetic.
+Source: DreamSR, section 3.2. Attention and feed-forward linears of all double and single blocks (1,046 M parameters
+at rank 256 and FLUX size), alpha = rank. peft does the arithmetic.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,7 +42,7 @@ class RestorationLoRA:
         self._switch(False)
 
     @contextmanager
-    def on(self) -> Iterator[None]:
+    def on(self) -> Generator[None]:
         """Inside, the transformer restores; outside, it is exactly the base, also after an exception."""
         self._switch(True)
         try:

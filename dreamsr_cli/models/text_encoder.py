@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,11 @@ def stack(embeddings: Sequence[TextEmbedding], length: int | None = None) -> Tex
 
 
 class ByteTextEncoder(ModelMixin, ConfigMixin):
-    """The built-in model's text encoder: UTF-8 bytes in groups of `group`, a learned position, a few transformer layers.
+    """The built-in model's text encoder: UTF-8 bytes in groups of `group`, a learned position, a few transformer
+    layers.
 
-    An empty prompt is one group of padding bytes, so that every prompt has at least one token. Trained with the rest in stage `backbone`.
+    An empty prompt is one group of padding bytes, so that every prompt has at least one token. Trained with the rest
+    in stage `backbone`.
     """
 
     pads_are_seen = False
@@ -96,7 +101,8 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         self.norm = nn.LayerNorm(width)
 
     def tokenize(self, texts: Sequence[str], max_tokens: int, multiple: int = 1) -> tuple[Tensor, Tensor, list[int]]:
-        """(bytes_BTG int64, mask_BT bool, indices of cut texts); cut at a whole character, T padded to a multiple of `multiple`."""
+        """(bytes_BTG int64, mask_BT bool, indices of cut texts); cut at a whole character, T padded to a multiple of
+        `multiple`."""
         limit = min(max_tokens, self.max_tokens) * self.group
         rows, cut = [], []
         for index, text in enumerate(texts):
@@ -137,20 +143,28 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
 
 
 class FluxTextEncoder:
-    """CLIP's pooled vector and T5's tokens, as FLUX was trained: T5 padded to `max_tokens`, padding seen by the transformer.
+    """CLIP's pooled vector and T5's tokens, as FLUX was trained: T5 padded to `max_tokens`, padding seen by the
+    transformer.
 
     `clip`, `t5` are transformers' `CLIPTextModel` and `T5EncoderModel` with their tokenizers.
     """
 
     pads_are_seen = True
 
-    def __init__(self, clip_tokenizer, clip: nn.Module, t5_tokenizer, t5: nn.Module) -> None:  # noqa: ANN001
+    def __init__(
+        self,
+        clip_tokenizer: PreTrainedTokenizerBase,
+        clip: PreTrainedModel,
+        t5_tokenizer: PreTrainedTokenizerBase,
+        t5: PreTrainedModel,
+    ) -> None:
         self.clip_tokenizer, self.clip = clip_tokenizer, clip
         self.t5_tokenizer, self.t5 = t5_tokenizer, t5
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], max_tokens: int) -> tuple[list[TextEmbedding], list[int]]:
-        """See `TextEncoder.encode`. CLIP cuts at its own 77 tokens silently, as FLUX's pipeline does: T5 carries the text."""
+        """See `TextEncoder.encode`. CLIP cuts at its own 77 tokens silently, as FLUX's pipeline does: T5 carries the
+        text."""
         cut = [i for i, text in enumerate(texts) if len(self.t5_tokenizer(text).input_ids) > max_tokens]
         done: dict[str, TextEmbedding] = {}
         for text in dict.fromkeys(texts):

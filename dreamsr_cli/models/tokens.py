@@ -8,7 +8,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+from torch import Tensor
 
 PACK = 2
 """Latent pixels per token side."""
@@ -43,17 +44,15 @@ def position_ids(text_tokens: int, height: int, width: int, device: torch.device
 def _rotary(
     theta: int, axes: tuple[int, ...], text: int, height: int, width: int, device: str
 ) -> tuple[Tensor, Tensor]:
-    from diffusers.models.transformers.transformer_flux import FluxPosEmbed
-
     with torch.inference_mode(False), torch.no_grad():
         return FluxPosEmbed(theta, list(axes))(position_ids(text, height, width, torch.device(device)))
 
 
 def rotary(
-    pos_embed: nn.Module, text_tokens: int, height: int, width: int, device: torch.device
+    pos_embed: FluxPosEmbed, text_tokens: int, height: int, width: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The (cosine, sine) pair of `pos_embed` for this layout, float32, computed once per layout."""
-    return _rotary(pos_embed.theta, tuple(pos_embed.axes_dim), text_tokens, height, width, str(device))  # type: ignore[arg-type]
+    return _rotary(pos_embed.theta, tuple(pos_embed.axes_dim), text_tokens, height, width, str(device))
 
 
 def joint_mask(mask_BT: Tensor | None, image_tokens: int) -> dict[str, Tensor] | None:

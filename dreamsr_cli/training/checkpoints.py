@@ -1,7 +1,7 @@
 """A run folder: `run.json` (settings), `log.jsonl`, `checkpoint-N/` (safetensors), `bundle/` (the result).
 
-A checkpoint is written beside the last one and becomes the last by one atomic rename of `latest`; a kill at any instant leaves a run that
-resumes. No generator state is kept: every draw is a function of (seed, step, index).
+A checkpoint is written beside the last one and becomes the last by one atomic rename of `latest`; a kill at any
+instant leaves a run that resumes. No generator state is kept: every draw is a function of (seed, step, index).
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def start_run(folder: Path, settings: dict[str, Any], resume: bool) -> None:
 
 
 def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    """Write `checkpoint-step/` with one safetensors file per entry of `tensors`, make it the latest, drop the one before."""
+    """Write `checkpoint-step/` with one safetensors file per entry of `tensors`, make it the latest, drop the one
+    before."""
     target = folder / f"checkpoint-{step}"
     part = folder / f".checkpoint-{step}.part"
     shutil.rmtree(part, ignore_errors=True)

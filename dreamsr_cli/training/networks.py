@@ -1,7 +1,7 @@
 """The networks of a training run, and their float32 master weights.
 
-The forward and backward pass run on weights of the compute dtype (bfloat16 on this project's machines: elementwise work halves);
-the optimizer updates float32 masters, whose running average is what a bundle ships.
+The forward and backward pass run on weights of the compute dtype (bfloat16 on this project's machines: elementwise
+work halves); the optimizer updates float32 masters, whose running average is what a bundle ships.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Networks:
         self.autoencoder.refiner.to(dtype)
 
     def compile_blocks(self) -> None:
-        """Compile every transformer block for the shapes it meets: minutes at first, then less than half the time per step on a CPU."""
+        """Compile every transformer block for the shapes it meets: minutes at first, then less than half the time
+        per step on a CPU."""
         # The LoRA on and off, and each crop size, make a variant of their own.
         torch._dynamo.config.cache_size_limit = 64
         transformer = self.transformer
@@ -113,7 +114,8 @@ def build(recipe: Recipe, start: Bundle | None) -> Networks:
 
 @torch.no_grad()
 def _start_as_plain_transformer(transformer: FluxTransformer2DModel) -> None:
-    """Modulation starts without effect (shift and scale 0, gates 1) and the output at zero: a plain pre-norm transformer learns fastest."""
+    """Modulation starts without effect (shift and scale 0, gates 1) and the output at zero: a plain pre-norm
+    transformer learns fastest."""
     width = transformer.inner_dim
     nn.init.zeros_(transformer.proj_out.weight)
     gates = {6: (2, 5), 3: (2,), 2: ()}

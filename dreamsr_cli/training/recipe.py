@@ -1,4 +1,5 @@
-"""Training recipes: frozen dataclasses, the only home of a training default; TOML files lie in `dreamsr_cli/recipes`."""
+"""Training recipes: frozen dataclasses, the only home of a training default; TOML files lie in
+`dreamsr_cli/recipes`."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ class DataRecipe:
     dead_leaves: float = 0.1
     """Share of samples that are dead-leaves images made on the fly."""
     full_photo: float = 0.2
-    """Receptive-Field Enhancement: chance that the photo is first shrunk to a short side of 1024 px and local text = global text."""
+    """Receptive-Field Enhancement: chance that the photo is first shrunk to a short side of 1024 px and local text =
+    global text."""
     no_text: float = 0.1
     """Chance that a sample's texts are empty, so that `--captioner none` works."""
     hold_out: int = 4

@@ -1,6 +1,7 @@
 """Stages are data: which parts train, and which terms of the loss a step has.
 
-Stages `autoencoder` and `backbone` exist for bundles without a pretrained prior (decisions.md). The paper's own stages come with a later version.
+Stages `autoencoder` and `backbone` exist for bundles without a pretrained prior (decisions.md). The paper's own
+stages come with a later version.
 """
 
 from __future__ import annotations

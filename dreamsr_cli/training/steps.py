@@ -60,10 +60,11 @@ def restoration_step(
     lq_up: Tensor,
     texts: tuple[list[str], list[str]],
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss of one step of stage `backbone`: a removal part (eq. 7), then a texture part (eq. 5, 6) conditioned on its detached result.
+    """Loss of one step of stage `backbone`: a removal part (eq. 7), then a texture part (eq. 5, 6) conditioned on its
+    detached result.
 
-    `hq`, `lq_up` are (B, 3, P, Q) in [0, 1], `texts` the local and the global prompts. Sharing the crops gives the texture part
-    exactly the condition it meets at inference, at no extra forward pass.
+    `hq`, `lq_up` are (B, 3, P, Q) in [0, 1], `texts` the local and the global prompts. Sharing the crops gives the
+    texture part exactly the condition it meets at inference, at no extra forward pass.
     """
     autoencoder, weights = networks.autoencoder, recipe.loss
     target = hq * 2 - 1

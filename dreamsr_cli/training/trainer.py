@@ -62,7 +62,8 @@ class TrainResult:
 def train(job: TrainJob, progress: Progress) -> TrainResult:
     """Run the stage up to the recipe's steps (or `max_steps` more), then write `out/bundle/`.
 
-    Raises `TrainingError` on a loss that is not finite, on a run folder of other settings, and where there are too few photos.
+    Raises `TrainingError` on a loss that is not finite, on a run folder of other settings, and where there are too
+    few photos.
     """
     began = time.monotonic()
     recipe, stage = job.recipe, job.stage
@@ -158,7 +159,8 @@ class _Run:
         )
 
     def go(self, last: int, progress: Progress) -> dict[str, float]:
-        """Steps up to `last`; saves on the way, at the end and when interrupted. Returns the last validation's figures."""
+        """Steps up to `last`; saves on the way, at the end and when interrupted. Returns the last validation's
+        figures."""
         recipe, figures = self.job.recipe, {}
         progress.phase(f"train {self.job.stage.name}", last)
         progress.advance(self.step)
