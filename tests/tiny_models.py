@@ -33,6 +33,8 @@ from dreamsr_cli.training.recipe import CropPlan, DataRecipe, LossRecipe, ModelS
 CPU = torch.device("cpu")
 HEADS, HEAD_DIM, AXES = 2, 16, (4, 6, 6)
 T5_WIDTH, CLIP_WIDTH = 24, 20
+METHOD_MAP = tuple(block // 2 if block % 2 == 0 and block < 18 else None for block in range(19))
+"""method.md: feature l goes after double block 2l; blocks 17 and 18 receive nothing."""
 
 RECIPE = Recipe(
     name="tiny",

@@ -62,11 +62,12 @@ class Refiner(nn.Module):
         self.reach = self.FOLD * (2 + 2 * blocks)
 
     def forward(self, rgb_B3PQ: Tensor) -> Tensor:
+        """The correction alone, to be added to the picture; same shape and dtype."""
         x = F.pixel_unshuffle(rgb_B3PQ, self.FOLD)
         x = self.entry(x)
         for first, second in (cast(nn.Sequential, pair) for pair in self.blocks):
             x = x + second(F.silu(first(F.silu(x))))
-        return rgb_B3PQ + F.pixel_shuffle(self.exit(F.silu(x)), self.FOLD)
+        return F.pixel_shuffle(self.exit(F.silu(x)), self.FOLD)
 
 
 class PatchAutoencoder(ModelMixin, ConfigMixin):
@@ -143,12 +144,8 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
     def decode(self, z_BCHW: Tensor) -> Tensor:
         """z_BCHW to pixels (B, 3, 8H, 8W) float32: linear decode, then the refiner in its own dtype."""
         rgb = self.decode_linear(z_BCHW)
-        dtype = self.refiner.entry.weight.dtype
-        if dtype == rgb.dtype:
-            return self.refiner(rgb)
-        # Only the correction passes through the low precision; the picture itself stays float32.
-        low = rgb.to(dtype)
-        return rgb + (self.refiner(low) - low).float()
+        # Only the correction passes through the refiner's precision; the picture itself stays float32.
+        return rgb + self.refiner(rgb.to(self.refiner.entry.weight.dtype)).float()
 
 
 class FluxAutoencoder:

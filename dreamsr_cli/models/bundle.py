@@ -55,7 +55,12 @@ class Bundle:
     def sha256(self) -> str:
         """sha256 of bundle.json and of the sorted (path, sha256) list of all files of all parts."""
         if self._sha256 is None:
-            lines = [json.dumps(to_dict(self.config), sort_keys=True)]
+            # A part laid over from elsewhere has an absolute path; its files count, not where they lie.
+            parts = {
+                name: dataclasses.replace(part, path=name) if part.path and Path(part.path).is_absolute() else part
+                for name, part in self.config.parts.items()
+            }
+            lines = [json.dumps(to_dict(dataclasses.replace(self.config, parts=parts)), sort_keys=True)]
             for name in sorted(self.config.parts):
                 root = self.part_folder(name)
                 for path in sorted(root.rglob("*")):
@@ -234,7 +239,7 @@ def _find(model: str) -> Path:
 def _class_name(folder: Path) -> str:
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name", "")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise WeightsError(f"{folder}: no readable config.json: {error}", "fetch or train the bundle again") from error
 
 
@@ -243,7 +248,12 @@ def _load(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
 
     logging.set_verbosity_error()
     try:
-        model = cls.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+        model, info = cls.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise WeightsError(f"{folder}: cannot be loaded: {error}", "fetch or train the bundle again") from error
+    for kind in ("missing", "unexpected"):
+        if info[f"{kind}_keys"]:
+            raise WeightsError(f"{folder}: {kind} tensor {info[f'{kind}_keys'][0]}", "fetch or train the bundle again")
     return model.eval()

@@ -62,6 +62,9 @@ class ConditionedDiT(nn.Module):
             raise ConfigError(
                 f"control.map has {len(control_map)} entries for {blocks} double blocks", "correct bundle.json"
             )
+        used = {feature for feature in control_map if feature is not None}
+        if used != set(range(len(used))):
+            raise ConfigError(f"control.map uses features {sorted(used)}, not 0, 1, ...", "correct bundle.json")
         if context_attention is not None and len(context_attention.blocks) != len(injected):
             raise ConfigError(
                 f"{len(context_attention.blocks)} context cross-attentions for {len(injected)} injected blocks",

@@ -16,6 +16,7 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dreamsr_cli.errors import WeightsError
@@ -78,7 +79,7 @@ class RestorationLoRA:
             config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
             state = load_file(folder / WEIGHTS_FILE)
             rank = int(config["r"])
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise WeightsError(f"{folder}: not a readable LoRA: {error}", "fetch or train it again") from error
         lora = cls(transformer, rank)
         own = get_peft_model_state_dict(transformer, adapter_name=NAME)

@@ -1,0 +1,159 @@
+"""Latents and pixels: the closed-form transform, exact decoding of regions, and FLUX's autoencoder behind the same contract."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import CPU, pictures
+
+from dreamsr_cli.models.autoencoder import STRIDE, FluxAutoencoder, PatchAutoencoder, Refiner, decode_region
+from dreamsr_cli.models.bundle import open_bundle
+
+LEVEL = 1 / 127.5
+
+
+def awake(channels: int = 8, width: int = 8, blocks: int = 1, whitening: float = 0.5) -> PatchAutoencoder:
+    """Fitted on pictures, with a refiner whose correction is about five levels strong."""
+    torch.manual_seed(0)
+    autoencoder = PatchAutoencoder(channels, width, blocks, whitening).eval()
+    autoencoder.fit([pictures(8)])
+    with torch.no_grad():
+        autoencoder.refiner.exit.weight.normal_(0, 0.05)
+        autoencoder.refiner.exit.bias.normal_(0, 0.02)
+    return autoencoder
+
+
+def in_span(rank: int, rows: int = 32, cols: int = 48) -> torch.Tensor:
+    """A picture (1, 3, P, Q) whose 8x8 blocks are a mean plus `rank` fixed patterns in any amount."""
+    generator = torch.Generator().manual_seed(1)
+    patterns_RK = torch.randn(rank, 3 * STRIDE**2, generator=generator) * 0.1
+    amounts = torch.randn(1, rank, rows // STRIDE, cols // STRIDE, generator=generator)
+    blocks = torch.einsum("brhw,rk->bkhw", amounts, patterns_RK) + 0.2
+    return torch.nn.functional.pixel_shuffle(blocks, STRIDE)
+
+
+@pytest.mark.parametrize("whitening", [0.0, 0.5, 1.0])
+def test_what_lies_in_the_span_comes_back_exactly(whitening) -> None:
+    picture = in_span(rank=5)
+    autoencoder = PatchAutoencoder(channels=5, refiner_width=8, refiner_blocks=1, whitening=whitening)
+    kept = autoencoder.fit([picture])
+    assert kept["variance_kept"] == pytest.approx(1, abs=1e-6)
+    assert (autoencoder.decode(autoencoder.encode(picture)) - picture).abs().max() < 1e-5
+
+
+def test_fit_is_the_best_linear_transform_and_says_how_good_it_is() -> None:
+    picture = pictures(8)
+    autoencoder = PatchAutoencoder(channels=6, refiner_width=8, refiner_blocks=1)
+    kept = autoencoder.fit([picture[:3], picture[3:]])
+    blocks_NK = torch.nn.functional.pixel_unshuffle(picture, STRIDE).permute(0, 2, 3, 1).reshape(-1, 192).double()
+    centred = blocks_NK - blocks_NK.mean(0)
+    # Eckart and Young 1936: the truncated decomposition is the best rank-6 approximation.
+    best = torch.linalg.svdvals(centred)[6:].square().sum() / centred.numel()
+    with torch.no_grad():
+        error = (autoencoder.decode(autoencoder.encode(picture)) - picture).square().mean()
+    assert float(error) == pytest.approx(float(best), rel=1e-3)
+    assert kept["psnr_db"] == pytest.approx(float(10 * torch.log10(4 / error)), abs=0.05)
+
+
+@pytest.mark.parametrize(("whitening", "power"), [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)])
+def test_latents_have_unit_variance_on_average_and_coarse_ones_keep_more(whitening, power) -> None:
+    picture = pictures(8)
+    autoencoder = PatchAutoencoder(6, 8, 1, whitening)
+    autoencoder.fit([picture])
+    std_C = autoencoder.encode(picture).std((0, 2, 3))
+    assert float(std_C.square().mean()) == pytest.approx(1, rel=0.02)
+    plain = PatchAutoencoder(6, 8, 1, 0.0)
+    plain.fit([picture])
+    raw_C = plain.encode(picture).std((0, 2, 3))
+    assert torch.allclose(std_C / std_C[0], (raw_C / raw_C[0]) ** power, rtol=0.02)
+
+
+def test_the_same_data_give_the_same_transform() -> None:
+    one, other = (PatchAutoencoder(6, 8, 1) for _ in range(2))
+    one.fit([pictures(8)])
+    other.fit([pictures(8)[:4], pictures(8)[4:]])
+    assert torch.allclose(one.basis_CK, other.basis_CK, atol=1e-4)
+
+
+@pytest.mark.parametrize(("width", "blocks"), [(8, 1), (16, 3), (4, 5)])
+def test_halo_is_the_refiners_reach_and_small(width, blocks) -> None:
+    autoencoder = awake(width=width, blocks=blocks)
+    assert autoencoder.halo <= 48 and autoencoder.halo % STRIDE == 0
+    autoencoder = autoencoder.double()
+    z = torch.zeros(1, 8, 32, 2, dtype=torch.float64)
+    far = z.clone()
+    row = autoencoder.halo // STRIDE
+    far[:, :, row + 8 :] = 3.0  # the first 8 latent rows must not see it
+    near = z.clone()
+    near[:, :, row + 7 :] = 3.0
+    rows = slice(0, 8 * STRIDE)
+    base, moved, touched = (autoencoder.decode(x)[:, :, rows] for x in (z, far, near))
+    assert torch.equal(base, moved)
+    assert not torch.equal(base, touched)
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, LEVEL)])
+def test_decoding_a_region_equals_decoding_the_whole(dtype, allowed) -> None:
+    autoencoder = awake(blocks=3)
+    z_CHW = torch.randn(8, 24, 5, generator=torch.Generator().manual_seed(2))
+    autoencoder.refiner.to(dtype)
+    with torch.no_grad():
+        whole = autoencoder.decode(z_CHW[None])[0]
+        linear = autoencoder.decode_linear(z_CHW[None])[0]
+        assert (whole - linear).abs().mean() > 2 * LEVEL
+        for top, bottom in [(0, 24), (0, 3), (21, 24), (10, 11), (9, 15), (0, 1), (4, 20)]:
+            region = decode_region(autoencoder, z_CHW, top, bottom)
+            assert region.shape == (3, 8 * (bottom - top), 40)
+            assert (region - whole[:, 8 * top : 8 * bottom]).abs().max() <= allowed, (top, bottom)
+
+
+def test_low_precision_touches_the_correction_only() -> None:
+    autoencoder = awake()
+    z = autoencoder.encode(pictures(1))
+    torch.nn.init.zeros_(autoencoder.refiner.exit.weight)
+    torch.nn.init.zeros_(autoencoder.refiner.exit.bias)
+    autoencoder.refiner.to(torch.bfloat16)
+    assert torch.equal(autoencoder.decode(z), autoencoder.decode_linear(z))
+
+
+def test_an_untrained_refiner_changes_nothing() -> None:
+    autoencoder = PatchAutoencoder(8, 8, 2)
+    autoencoder.fit([pictures()])
+    z = autoencoder.encode(pictures(1))
+    assert torch.equal(autoencoder.decode(z), autoencoder.decode_linear(z))
+    assert all(p.requires_grad for p in Refiner(8, 1).parameters())
+    assert not any(p.requires_grad for n, p in autoencoder.named_parameters() if not n.startswith("refiner."))
+
+
+@pytest.mark.parametrize("kind", ["own", "flux"])
+@pytest.mark.parametrize("shape", [(1, 3, 60, 64), (1, 3, 64, 12), (1, 4, 64, 64), (3, 64, 64)])
+def test_other_sides_than_multiples_of_8_are_refused(request, kind, shape) -> None:
+    folder = request.getfixturevalue("tiny_bundle" if kind == "own" else "tiny_flux_bundle")
+    autoencoder = open_bundle(str(folder)).open_autoencoder(CPU, torch.float32)
+    with pytest.raises(ValueError, match="8H, 8W"):
+        autoencoder.encode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flux_autoencoder_keeps_the_contract(tiny_flux_bundle, dtype) -> None:
+    autoencoder = open_bundle(str(tiny_flux_bundle)).open_autoencoder(CPU, dtype)
+    assert isinstance(autoencoder, FluxAutoencoder)
+    assert autoencoder.channels == 8 and not autoencoder.exact and autoencoder.halo % STRIDE == 0
+    with torch.no_grad():
+        z = autoencoder.encode(pictures(2, 32, 48))
+        rgb = autoencoder.decode(z)
+        assert z.shape == (2, 8, 4, 6) and rgb.shape == (2, 3, 32, 48)
+        assert z.dtype == rgb.dtype == torch.float32
+        assert torch.equal(z, autoencoder.encode(pictures(2, 32, 48)))  # the mode: no draw
+        assert decode_region(autoencoder, z[0], 1, 3).shape == (3, 16, 48)
+
+
+def test_flux_latents_are_shifted_and_scaled_as_diffusers_pipeline_does(tiny_flux_bundle) -> None:
+    autoencoder = open_bundle(str(tiny_flux_bundle)).open_autoencoder(CPU, torch.float32)
+    assert isinstance(autoencoder, FluxAutoencoder)
+    vae, picture = autoencoder.vae, pictures(1, 32, 32)
+    with torch.no_grad():
+        mode = vae.encode(picture).latent_dist.mode()  # type: ignore[union-attr]
+        z = autoencoder.encode(picture)
+        assert torch.allclose(z, (mode - 0.1159) * 0.3611, atol=1e-6)
+        assert torch.allclose(autoencoder.decode(z), vae.decode(mode).sample, atol=1e-4)  # type: ignore[union-attr]

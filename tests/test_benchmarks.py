@@ -1,0 +1,114 @@
+"""The benchmark measures what it says: every forward pass is counted, and both samplers do the same work."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from dreamsr_cli.models.bundle import open_bundle
+from dreamsr_cli.progress import SilentProgress
+from dreamsr_cli.sampler import Sampler, Texts
+from dreamsr_cli.tiling import make_grid
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def script(monkeypatch) -> ModuleType:
+    """benchmarks/engine_overhead.py as Python finds it when it is run by its path."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("engine_overhead")
+
+
+@pytest.mark.parametrize("kind", ["tiny_bundle", "tiny_flux_bundle"])
+def test_quick_run(script, kind, request, capsys) -> None:
+    model = str(request.getfixturevalue(kind))
+    assert script.main(["--quick", "--model", model, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+
+    overhead = found["overhead"]
+    (run,) = overhead["runs"]
+    inside = sum(run["networks"].values())
+    assert all(seconds > 0 for seconds in run["networks"].values())
+    assert run["wall"] == pytest.approx(run["loading"] + inside + run["rest"])
+    assert overhead["ratio"] == pytest.approx(run["rest"] / inside) and run["rest"] > 0
+    # 4 tiles in one batch: one pass of each network to remove, then 2 steps with control features made once.
+    assert (overhead["steps"], run["tiles"]) == (2, 4)
+    assert (run["calls"]["dit"], run["calls"]["controlnet"]) == (3, 2)
+
+    sampler = found["sampler"]
+    assert sampler["ratio"] == pytest.approx(sampler["ours"][0] / sampler["theirs"][0])
+    assert sampler["our_calls"] == {"dit": 2, "controlnet": 1}
+    assert sampler["their_calls"] == {"dit": 2, "controlnet": 2}
+
+
+def test_figures_are_printed_for_people(script, tiny_bundle, capsys) -> None:
+    assert script.main(["--quick", "--part", "A", "--repeat", "2", "--model", str(tiny_bundle)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("A. upscale to 96x96" in line and "2 texture steps" in line for line in lines)
+    assert "overhead, the rest / networks: " in lines[-1] and "target" in lines[-1]
+
+
+def test_a_missing_model_is_two_lines(script, tmp_path, capsys) -> None:
+    assert script.main(["--quick", "--model", str(tmp_path / "nothing")]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+@pytest.mark.parametrize("place", ["dit", "read"])
+def test_time_goes_where_it_was_spent(script, tiny_bundle, monkeypatch, capsys, place) -> None:
+    """A slow network is not overhead, and a slow engine is not the network's time."""
+
+    def slow(original):
+        def wrapped(*args, **kwargs):
+            time.sleep(0.3)
+            return original(*args, **kwargs)
+
+        return wrapped
+
+    if place == "dit":
+        from dreamsr_cli.models.conditioned_dit import ConditionedDiT
+
+        monkeypatch.setattr(ConditionedDiT, "forward", slow(ConditionedDiT.forward))
+    else:
+        from dreamsr_cli.canvas import EnlargedPhoto
+
+        monkeypatch.setattr(EnlargedPhoto, "read_rows", slow(EnlargedPhoto.read_rows))
+    assert script.main(["--quick", "--part", "A", "--model", str(tiny_bundle), "--json"]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["overhead"]["runs"]
+    assert (run["networks"]["dit"] >= 0.9) == (place == "dit")
+    assert (run["rest"] >= 0.6) == (place == "read")
+
+
+def test_the_plain_loop_is_the_same_method(script, tiny_bundle) -> None:
+    """With control switched off on both sides, our sampler and the loop over diffusers give the same canvas."""
+    loop = importlib.import_module("diffusers_loop")
+    bundle = open_bundle(str(tiny_bundle))
+    restorer = bundle.open_restorer(CPU, torch.float32, mask_pads=True)
+    restorer.dit.context_attention = None
+    for weight in restorer.controlnet.image_projections.parameters():
+        torch.nn.init.zeros_(weight)
+    peer = loop.Peer.of(bundle, CPU, torch.float32)
+
+    grid = make_grid(96, 112, 64, 16)
+    encoder = bundle.open_text_encoder(CPU, torch.float32)
+    words = ["the whole photo", *(f"tile {tile.index}" for tile in grid.tiles)]
+    (glob, *local), _ = encoder.encode(words, 64)
+    texts = Texts(glob, local)
+    z_dr = np.random.default_rng(0).standard_normal((bundle.config.latent.channels, 12, 14), dtype=np.float32)
+    config = bundle.config
+    sampler = Sampler(restorer, grid, texts, config.sampling, config.control, 3, SilentProgress())
+    ours = sampler.texture(z_dr, 0.8, 3, loop.SEED, None)
+    theirs = loop.plain_texture(peer, grid, texts, 3, z_dr, 0.8, 3, None)
+    assert np.abs(ours - theirs).max() < 1e-4
+    for block in peer.controlnet.controlnet_blocks:
+        torch.nn.init.normal_(block.weight, std=0.5)
+    controlled = loop.plain_texture(peer, grid, texts, 3, z_dr, 0.8, 3, None)
+    assert np.abs(ours - controlled).max() > 1e-2
