@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,14 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from dreamsr_cli import flow
 from dreamsr_cli.engine import Settings
 from dreamsr_cli.images import open_photo
+from dreamsr_cli.journal import Journal
 from dreamsr_cli.models.bundle import Bundle
 from dreamsr_cli.models.text_encoder import stack
 from dreamsr_cli.models.tokens import pack, position_ids, unpack
 from dreamsr_cli.multidiffusion import blend
 from dreamsr_cli.progress import SilentProgress
 from dreamsr_cli.prompts import make_plan
-from dreamsr_cli.sampler import Sampler, Texts, renoise
+from dreamsr_cli.sampler import REMOVE, Sampler, Texts, renoise
 from dreamsr_cli.tiling import Tile, TileGrid, make_grid
 
 SEED = 42
@@ -160,14 +162,16 @@ def measure_sampler(
     z_dr_CHW = np.random.default_rng(SEED).standard_normal(shape, dtype=np.float32)
     guidance = settings.guidance if restorer.dit.transformer.config["guidance_embeds"] else None
 
-    def run_ours(steps: int) -> np.ndarray:
-        sampler = Sampler(
-            restorer, grid, texts, bundle.config.sampling, bundle.config.control, settings.tile_batch, SilentProgress()
-        )
-        return sampler.texture(z_dr_CHW, settings.strength, steps, SEED, guidance)
+    def run_ours(steps: int) -> None:
+        sampling, control = bundle.config.sampling, bundle.config.control
+        with TemporaryDirectory() as folder, Journal(Path(folder) / "race.dreamsr", {}, 0) as journal:
+            z_dr = journal.piece("z_dr", REMOVE, shape)
+            z_dr.append(z_dr_CHW)
+            sampler = Sampler(restorer, grid, texts, sampling, control, settings.tile_batch, journal, SilentProgress())
+            sampler.texture(z_dr.finish(), settings.strength, steps, SEED, guidance)
 
-    def run_theirs(steps: int) -> np.ndarray:
-        return plain_texture(peer, grid, texts, settings.tile_batch, z_dr_CHW, settings.strength, steps, guidance)
+    def run_theirs(steps: int) -> None:
+        plain_texture(peer, grid, texts, settings.tile_batch, z_dr_CHW, settings.strength, steps, guidance)
 
     run_ours(1)
     run_theirs(1)

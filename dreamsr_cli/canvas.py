@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from dreamsr_cli.images import Photo
+from dreamsr_cli.journal import Piece, RowFile
 from dreamsr_cli.models.autoencoder import STRIDE, Autoencoder
 from dreamsr_cli.progress import Progress
 from dreamsr_cli.resample import resize_rows
@@ -65,22 +66,27 @@ def reflected(index: np.ndarray, length: int) -> np.ndarray:
 
 @torch.inference_mode()
 def encode(
-    enlarged: EnlargedPhoto, grid: TileGrid, autoencoder: Autoencoder, device: torch.device, progress: Progress
-) -> np.ndarray:
-    """z_lq of the padded canvas, float32 (C, H, W), encoded in strips with the autoencoder's halo around each."""
+    enlarged: EnlargedPhoto,
+    grid: TileGrid,
+    autoencoder: Autoencoder,
+    piece: Piece,
+    device: torch.device,
+    progress: Progress,
+) -> RowFile:
+    """z_lq of the padded canvas, into `piece`, encoded in strips with the autoencoder's halo around each."""
     height, width = grid.canvas_height, grid.canvas_width
-    z_CHW = np.empty((autoencoder.channels, height // STRIDE, width // STRIDE), np.float32)
     halo = 0 if autoencoder.exact else autoencoder.halo
     progress.phase("encode", -(-height // STRIP))
-    for top in range(0, height, STRIP):
+    progress.advance(piece.rows_done * STRIDE // STRIP)
+    for top in range(piece.rows_done * STRIDE, height, STRIP):
         bottom = min(top + STRIP, height)
         first, last = max(0, top - halo), min(height, bottom + halo)
         rgb_PQC = enlarged.read_padded(first, last, width)
         rgb_BCPQ = torch.from_numpy(np.ascontiguousarray(rgb_PQC.transpose(2, 0, 1)))[None].to(device) * 2 - 1
-        z = autoencoder.encode(rgb_BCPQ)[0].cpu().numpy()
-        z_CHW[:, top // STRIDE : bottom // STRIDE] = z[:, (top - first) // STRIDE : (bottom - first) // STRIDE]
+        z_CHW = autoencoder.encode(rgb_BCPQ)[0].cpu().numpy()
+        piece.append(z_CHW[:, (top - first) // STRIDE : (bottom - first) // STRIDE])
         progress.advance()
-    return z_CHW
+    return piece.finish()
 
 
 class DecodedCanvas:
@@ -93,11 +99,11 @@ class DecodedCanvas:
     KEPT = 4
 
     def __init__(
-        self, z_CHW: np.ndarray, width: int, autoencoder: Autoencoder, device: torch.device, progress: Progress
+        self, z: RowFile, width: int, autoencoder: Autoencoder, device: torch.device, progress: Progress
     ) -> None:
-        self._z, self._width, self._device = z_CHW, width, device
+        self._z, self._width, self._device = z, width, device
         self._autoencoder, self._progress = autoencoder, progress
-        self._rows = z_CHW.shape[1] * STRIDE
+        self._rows = z.shape[1] * STRIDE
         self._strips: OrderedDict[int, np.ndarray] = OrderedDict()
         progress.phase("decode", self.strips)
 
@@ -135,8 +141,8 @@ class DecodedCanvas:
         if strip in self._strips:
             self._strips.move_to_end(strip)
             return self._strips[strip], first
-        z = torch.from_numpy(self._z[None, :, first // STRIDE : last // STRIDE]).to(self._device)
-        rgb_CPQ = self._autoencoder.decode(z)[0].cpu().numpy()
+        z_CHW = np.ascontiguousarray(self._z.rows(first // STRIDE, last // STRIDE))
+        rgb_CPQ = self._autoencoder.decode(torch.from_numpy(z_CHW)[None].to(self._device))[0].cpu().numpy()
         rgb_PQC = np.ascontiguousarray(rgb_CPQ.transpose(1, 2, 0)[:, : self._width]) * 0.5 + 0.5
         self._strips[strip] = rgb_PQC
         if len(self._strips) > self.KEPT:

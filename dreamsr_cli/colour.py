@@ -66,8 +66,9 @@ def fix_strips(
     read_result: ReadRows,
     read_reference: ReadRows,
     strip_rows: int,
+    start: int = 0,
 ) -> Iterator[np.ndarray]:
-    """Yield the fixed photo from top to bottom, float32 (rows, width, C), `strip_rows` at a time (or what is left).
+    """Yield the fixed photo from row `start` down, float32 (rows, width, C), `strip_rows` at a time (or what is left).
 
     `method` is "wavelet", "adain" or "none". `read_result(top, bottom)` and `read_reference(top, bottom)` return
     float32 rows [top, bottom) in [0, 1]. "wavelet" reads `HALO` rows more at each side and gives the same bits for any
@@ -90,30 +91,34 @@ def fix_strips(
 
     result, reference = checked(read_result), checked(read_reference)
     if method == "adain":
-        return _adain_strips(height, result, reference, strip_rows)
+        return _adain_strips(height, result, reference, strip_rows, start)
     if method == "wavelet":
-        return _wavelet_strips(height, result, reference, strip_rows)
-    return (result(top, bottom) for top, bottom in _strips(height, strip_rows))
+        return _wavelet_strips(height, result, reference, strip_rows, start)
+    return (result(top, bottom) for top, bottom in _strips(height, strip_rows, start))
 
 
-def _strips(height: int, strip_rows: int) -> Iterator[tuple[int, int]]:
-    for top in range(0, height, strip_rows):
+def _strips(height: int, strip_rows: int, start: int = 0) -> Iterator[tuple[int, int]]:
+    for top in range(start, height, strip_rows):
         yield top, min(top + strip_rows, height)
 
 
-def _wavelet_strips(height: int, result: ReadRows, reference: ReadRows, strip_rows: int) -> Iterator[np.ndarray]:
-    for top, bottom in _strips(height, strip_rows):
+def _wavelet_strips(
+    height: int, result: ReadRows, reference: ReadRows, strip_rows: int, start: int
+) -> Iterator[np.ndarray]:
+    for top, bottom in _strips(height, strip_rows, start):
         first, last = max(0, top - HALO), min(height, bottom + HALO)
         fixed_PQC = wavelet_fix(result(first, last), reference(first, last))
         yield fixed_PQC[top - first : bottom - first]
 
 
-def _adain_strips(height: int, result: ReadRows, reference: ReadRows, strip_rows: int) -> Iterator[np.ndarray]:
+def _adain_strips(
+    height: int, result: ReadRows, reference: ReadRows, strip_rows: int, start: int = 0
+) -> Iterator[np.ndarray]:
     mean, deviation = _statistics(height, result, strip_rows)
     wanted_mean, wanted_deviation = _statistics(height, reference, strip_rows)
     gain = wanted_deviation / deviation
     offset = wanted_mean - mean * gain
-    for top, bottom in _strips(height, strip_rows):
+    for top, bottom in _strips(height, strip_rows, start):
         yield (result(top, bottom) * gain + offset).astype(np.float32)
 
 

@@ -21,6 +21,10 @@ T = TypeVar("T")
 
 GRAIN = 16
 """Output pixels per token side (8 px per latent pixel, packed 2x2): tiles, overlaps and strips are multiples of it."""
+MAX_INPUT_PIXELS = 1_000_000_000
+"""Larger photos are not decoded unless `--max-pixels` says so."""
+MAX_OUTPUT_PIXELS = 2_500_000_000
+"""Larger canvases are not begun unless `--max-pixels` says so."""
 
 
 # ---------------------------------------------------------------- bundle.json
@@ -51,6 +55,9 @@ class SamplingConfig:
     guidance: float | None = None
     """FLUX's guidance embedding in texture steps; None for a bundle without that embedding (removal always uses
     1.0)."""
+    prediction: str = "velocity"
+    """What the transformer's output is: "velocity" (FLUX), or "correction", what to subtract from the condition
+    latent to get the clean one (the built-in model: untrained, it returns the condition instead of noise)."""
 
 
 @dataclass(frozen=True)
@@ -188,15 +195,28 @@ class OutputConfig:
     """How results are named and written; none of it changes the upscaled pixels before encoding."""
 
     format: str = "auto"
-    """"auto" (that of the output name, else of the input, else PNG), "png", "jpg", "webp" or "tiff"."""
+    """"auto" (that of the output name, else of the input, else PNG), "png", "jpg", "webp", "tiff" or "avif"."""
     quality: int = 95
-    """JPEG and WebP quality, 1 to 100."""
+    """JPEG, WebP and AVIF quality, 1 to 100."""
+    bit_depth: str = "auto"
+    """Bits per channel: "8", "16" (PNG and TIFF only) or "auto": 16 for 16-bit photos where the format can, else 8."""
+    strip_metadata: bool = False
+    """Write nothing but pixels and colour profile: no EXIF, XMP and DPI, and no record of how the photo was made."""
+    max_pixels: int | None = None
+    """Most pixels of the canvas, and of a photo that is opened; None: MAX_OUTPUT_PIXELS and MAX_INPUT_PIXELS."""
     suffix: str = "_x{scale}"
     """Appended to the stem when `--out` is a folder or missing; {scale} is the factor."""
     overwrite: bool = False
     """Replace an existing result."""
     skip_existing: bool = False
     """Leave an existing result as it is and go on."""
+    resume: bool = True
+    """Keep a journal beside the output, so that an interrupted run goes on; False: an interrupted run leaves
+    nothing."""
+    restart: bool = False
+    """Drop what an interrupted run left and begin anew."""
+    backoff: bool = True
+    """Out of memory on a GPU: go on with smaller batches, recomputed features, offload; False: fail."""
 
 
 # ---------------------------------------------------------------- reading dictionaries into dataclasses

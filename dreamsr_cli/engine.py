@@ -6,24 +6,33 @@ import dataclasses
 import gc
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dreamsr_cli import __version__
+from dreamsr_cli.backoff import WorkPlan, settle
+from dreamsr_cli.bundle_sizes import read_sizes
 from dreamsr_cli.canvas import STRIP, DecodedCanvas, EnlargedPhoto, encode
 from dreamsr_cli.colour import fix_strips
 from dreamsr_cli.config import OutputConfig, UpscaleConfig, to_dict
-from dreamsr_cli.device import choose_device, choose_dtype, dtype_name
-from dreamsr_cli.errors import InputError, UsageError
+from dreamsr_cli.device import PRECISIONS, choose_device, choose_dtype, dtype_name
+from dreamsr_cli.errors import UsageError
 from dreamsr_cli.images import Photo, open_photo
+from dreamsr_cli.journal import Journal, RowFile, journal_folder
+from dreamsr_cli.machine import describe_machine
+from dreamsr_cli.models.autoencoder import STRIDE
 from dreamsr_cli.models.bundle import Bundle
-from dreamsr_cli.photo_writer import PhotoWriter, resolve_format
+from dreamsr_cli.photo_writer import PhotoWriter, check_canvas
+from dreamsr_cli.planning import plan as plan_work
+from dreamsr_cli.planning import record_efficiency
 from dreamsr_cli.progress import Progress
 from dreamsr_cli.prompts import PromptPlan, make_plan
-from dreamsr_cli.sampler import Sampler, Texts
-from dreamsr_cli.tiling import canvas_size, check_tiling, make_grid
+from dreamsr_cli.sampler import CONTROL_BYTES, ENCODE, PIXELS, REMOVE, Sampler, Texts, texture_name
+from dreamsr_cli.tiling import TileGrid, check_tiling
+from dreamsr_cli.workload import Limits
 
 COLOR_FIXES = ("wavelet", "adain", "none")
 CAPTIONERS = ("describe", "none")
@@ -90,50 +99,69 @@ def upscale(
 ) -> UpscaleResult:
     """Restore `photo_path` at a larger size and write `out_path`, whole or not at all.
 
-    The calls in order are the method. Raises `UsageError` for settings that make no sense with this bundle,
-    `InputError`, `OutputError`, `WeightsError`, `DeviceError`.
+    The calls in order are the method. Work lies in a journal beside the output: the same call goes on where a killed
+    one stopped. Raises `UsageError` for settings that make no sense with this bundle, `InputError`, `OutputError`,
+    `JournalError`, `WeightsError`, `DeviceError`.
     """
     began = time.monotonic()
     settings = check_settings(config, bundle)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.precision, device)
+    settings = dataclasses.replace(settings, device=str(device), precision=dtype_name(dtype))
 
-    photo = open_photo(photo_path)
-    info = photo.info
-    width, height = _target(photo, settings)
-    grid = make_grid(height, width, settings.tile, settings.overlap)
-    writer = PhotoWriter(out_path, info, width, height, resolve_format(output.format, out_path, info), output.quality)
-    enlarged = EnlargedPhoto(photo, width, height)
-
-    progress.phase("describe", 1)
-    plan = make_plan(photo, grid, width, height, settings.captioner, settings.prompt)
-    texts, mask_pads = _embed(plan, bundle, device, dtype, progress)
-
-    autoencoder = bundle.open_autoencoder(device, dtype)
-    z_lq = encode(enlarged, grid, autoencoder, device, progress)
-    del autoencoder
-    _release(device)
-
-    sampling = bundle.config.sampling
-    restorer = bundle.open_restorer(device, dtype, mask_pads)
-    sampler = Sampler(restorer, grid, texts, sampling, bundle.config.control, settings.tile_batch, progress)
-    z_dr = sampler.remove(z_lq) if settings.removal else z_lq
-    z_0 = z_dr
-    if settings.strength > 0:
-        z_0 = sampler.texture(z_dr, settings.strength, settings.steps, settings.seed, settings.guidance)
-    del restorer, sampler
-    _release(device)
-
-    autoencoder = bundle.open_autoencoder(device, dtype)
-    decoded = DecodedCanvas(z_0, width, autoencoder, device, progress)
-    with writer:
-        top = 0
-        for strip in fix_strips(settings.color_fix, height, width, decoded.read_rows, enlarged.read_rows, STRIP):
-            writer.write_strip(strip, enlarged.read_alpha(top, top + len(strip)))
-            top += len(strip)
-    notes = (*photo.notes, *writer.notes)
+    with open_photo(photo_path, out_path.parent, output.max_pixels) as photo:
+        info = photo.info
+        work = plan_work(
+            photo_path,
+            info,
+            out_path,
+            settings,
+            output,
+            read_sizes(bundle.config, bundle.part_folder),
+            describe_machine(device, settings.precision, measure=False),
+            Limits(STRIP, CONTROL_BYTES),
+        )
+        width, height, grid, format = work.width, work.height, work.grid, work.format
+        check_canvas(photo_path, width, height, max_pixels=output.max_pixels, format=format)
+        make_writer = partial(
+            PhotoWriter,
+            out_path,
+            info,
+            width,
+            height,
+            format,
+            output.quality,
+            bit_depth=output.bit_depth,
+            strip_metadata=output.strip_metadata,
+        )
+        enlarged = EnlargedPhoto(photo, width, height)
+        shape = (bundle.config.latent.channels, grid.canvas_height // STRIDE, grid.canvas_width // STRIDE)
+        with Journal(
+            journal_folder(out_path),
+            _fingerprint(photo, settings, bundle, output, format, device),
+            work.disk["total"],
+            restart=output.restart,
+            keep=output.resume,
+        ) as journal:
+            if journal.resumed:
+                progress.note(f"{out_path.name}: going on where the last run stopped")
+            progress.phase("describe", 1)
+            made = journal.text(
+                lambda: make_plan(photo, grid, width, height, settings.captioner, settings.prompt).to_json()
+            )
+            plan = PromptPlan.from_json(made)
+            z_0 = _restore(enlarged, plan, grid, shape, settings, bundle, journal, output.backoff, progress)
+            decoded = DecodedCanvas(z_0, width, bundle.open_autoencoder(device, dtype), device, progress)
+            with make_writer(
+                raw=journal.pixels, rows_done=journal.progress(PIXELS), made_by=_made_by(settings, bundle, plan)
+            ) as writer:
+                _write(enlarged, decoded, writer, settings.color_fix, journal)
+        notes = (*photo.notes, *writer.notes)
     for note in notes:
         progress.note(f"{photo_path.name}: {note}")
+    seconds = time.monotonic() - began
+    if not journal.resumed:
+        record_efficiency(work, seconds)
     return UpscaleResult(
         input=photo_path,
         output=out_path,
@@ -142,25 +170,112 @@ def upscale(
         width=width,
         height=height,
         tiles=len(grid.tiles),
-        settings=dataclasses.replace(settings, device=str(device), precision=dtype_name(dtype)),
+        settings=settings,
         model=bundle.config.name,
         bundle_sha256=bundle.sha256,
         global_prompt=plan.global_text,
         notes=notes,
-        seconds=time.monotonic() - began,
+        seconds=seconds,
     )
 
 
-def _target(photo: Photo, settings: Settings) -> tuple[int, int]:
-    """(width, height) of the result. A side that doesn't suit this photo is this photo's error, not the whole
-    folder's."""
-    info = photo.info
-    try:
-        return canvas_size(info.width, info.height, settings.scale, settings.long_side, settings.short_side)
-    except UsageError as error:
-        if settings.scale is not None:
-            raise
-        raise InputError(f"{photo.path}: {error.message}", error.hint) from error
+def _restore(
+    enlarged: EnlargedPhoto,
+    plan: PromptPlan,
+    grid: TileGrid,
+    shape: tuple[int, int, int],
+    settings: Settings,
+    bundle: Bundle,
+    journal: Journal,
+    backoff: bool,
+    progress: Progress,
+) -> RowFile:
+    """z_0 of the canvas: encode, remove, renoise, texture. Each network is opened, used and freed in its turn."""
+    device, dtype = torch.device(settings.device), PRECISIONS[settings.precision]
+    last = texture_name(settings.steps) if settings.strength > 0 else "z_dr"
+    if journal.has(last):
+        return journal.piece(last, settings.steps, shape).file
+    texts, mask_pads = _embed(plan, bundle, device, dtype, progress)
+
+    encoded = "z_lq" if settings.removal else "z_dr"
+    if not journal.has("z_dr"):
+        autoencoder = bundle.open_autoencoder(device, dtype)
+        encode(enlarged, grid, autoencoder, journal.piece(encoded, ENCODE, shape), device, progress)
+        del autoencoder
+        _release(device)
+    if journal.has(last):
+        return journal.piece(last, ENCODE, shape).file
+
+    restorer = bundle.open_restorer(device, dtype, mask_pads)
+    sampling, control = bundle.config.sampling, bundle.config.control
+
+    def make_sampler(work: WorkPlan) -> Sampler:
+        if work.offload:
+            restorer.offload(device)
+        return Sampler(restorer, grid, texts, sampling, control, work.tile_batch, journal, progress, work.control_bytes)
+
+    start = WorkPlan(settings.tile_batch, CONTROL_BYTES)
+    work = journal.work_plan(
+        lambda: (
+            settle(start, lambda w: make_sampler(w).probe(), device, grid.tile_width, backoff, progress).to_json()
+            if device.type != "cpu"
+            else start.to_json()
+        )
+    )
+    sampler = make_sampler(WorkPlan(**work))
+    if journal.has("z_dr"):
+        z_dr = journal.piece("z_dr", REMOVE, shape).file
+    else:
+        z_lq = journal.piece("z_lq", ENCODE, shape)
+        z_dr = sampler.remove(z_lq.file)
+        z_lq.drop()
+    if settings.strength == 0:
+        return z_dr
+    return sampler.texture(z_dr, settings.strength, settings.steps, settings.seed, settings.guidance)
+
+
+def _write(
+    enlarged: EnlargedPhoto, decoded: DecodedCanvas, writer: PhotoWriter, color_fix: str, journal: Journal
+) -> None:
+    """Decode, fix colours and hand to the writer, strip by strip, from the first strip that isn't in the journal."""
+    top = journal.progress(PIXELS)
+    for strip in fix_strips(
+        color_fix, enlarged.height, enlarged.width, decoded.read_rows, enlarged.read_rows, STRIP, top
+    ):
+        writer.write_strip(strip, enlarged.read_alpha(top, top + len(strip)))
+        top += len(strip)
+        journal.set_progress(PIXELS, top)
+
+
+def _fingerprint(
+    photo: Photo, settings: Settings, bundle: Bundle, output: OutputConfig, format: str, device: torch.device
+) -> dict[str, Any]:
+    """What decides the result's bytes, one by one (docs/decisions.md, Sameness)."""
+    return {
+        "input_sha256": photo.sha256,
+        **to_dict(settings),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "bundle_sha256": bundle.sha256,
+        "format": format,
+        "quality": output.quality,
+        "bit_depth": output.bit_depth,
+        "strip_metadata": output.strip_metadata,
+        "torch": torch.__version__,
+        "dreamsr": __version__,
+    }
+
+
+def _made_by(settings: Settings, bundle: Bundle, plan: PromptPlan) -> dict[str, Any]:
+    """What is recorded in the result: settings, model and version, and no path of the user's."""
+    chosen = {k: v for k, v in to_dict(settings).items() if v is not None}
+    return {
+        "dreamsr": __version__,
+        "model": bundle.config.name,
+        "bundle_sha256": bundle.sha256,
+        "global_prompt": plan.global_text,
+        **chosen,
+    }
 
 
 def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:

@@ -58,3 +58,7 @@ class DeviceError(DreamSRError):
 
 class TrainingError(DreamSRError):
     """A training run can't start or go on: no data, a run folder of other settings, a loss that is not finite."""
+
+
+class JournalError(DreamSRError):
+    """A job's journal is in use by another process, or belongs to a job with other settings."""

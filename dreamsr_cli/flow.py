@@ -28,6 +28,12 @@ def predict_clean(z_t: Array, v: Array, t: Any) -> Array:
     return z_t - t * v
 
 
+def velocity_of_correction(z_t: Array, condition: Array, correction: Array, t: Any) -> Array:
+    """The velocity at `t` that points back to z_0 = condition - correction: (z_t - z_0) / t (ours, for bundles
+    without a prior)."""
+    return (z_t - condition + correction) / t
+
+
 def timesteps(t_start: float, steps: int) -> list[float]:
     """steps + 1 equally spaced values from t_start in [0, 1] down to exactly 0."""
     if steps < 1 or not 0 <= t_start <= 1:

@@ -16,9 +16,22 @@ CHARBONNIER_EPSILON = 1e-3
 """Rounds the corner of |x| at zero."""
 
 
-def velocity_loss(v_BCHW: torch.Tensor, z0_BCHW: torch.Tensor, z1_BCHW: torch.Tensor) -> torch.Tensor:
-    """Eq. 5: the mean of (v - (z_1 - z_0))^2, z_0 the good picture's latent and z_1 noise."""
-    return (v_BCHW - (z1_BCHW - z0_BCHW)).square().mean()
+def velocity_loss(
+    v_BCHW: torch.Tensor,
+    z0_BCHW: torch.Tensor,
+    z1_BCHW: torch.Tensor,
+    t_B: torch.Tensor | None = None,
+    t_floor: float = 0.0,
+) -> torch.Tensor:
+    """Eq. 5: the mean of (v - (z_1 - z_0))^2, z_0 the good picture's latent and z_1 noise.
+
+    With `t_floor` (ours) samples with t below it weigh (t / t_floor)^2: a network that predicts z_0 has a velocity
+    error of its z_0 error over t, which would drown everything else as t goes to 0.
+    """
+    error = (v_BCHW - (z1_BCHW - z0_BCHW)).square()
+    if t_B is None or t_floor <= 0:
+        return error.mean()
+    return (error.mean((1, 2, 3)) * (t_B / t_floor).clamp(max=1.0).square()).mean()
 
 
 def pixel_distance(x_BCPQ: torch.Tensor, target_BCPQ: torch.Tensor, kind: str = "mse") -> torch.Tensor:

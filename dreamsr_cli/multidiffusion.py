@@ -9,11 +9,19 @@ Axes: C channels, H W latent rows and columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 
 from dreamsr_cli.tiling import TileGrid
+
+
+class TileValues(Protocol):
+    """What a blend reads: a dictionary, or the journal's slots."""
+
+    def __getitem__(self, tile: int, /) -> np.ndarray:
+        """(C, H, W) of the tile of that index."""
+        ...
 
 
 def window(height: int, width: int, overlap: int) -> np.ndarray:
@@ -34,7 +42,7 @@ def _profile(length: int, overlap: int) -> np.ndarray:
     return np.sin(np.pi / 2 * np.minimum((from_side + 0.5) / overlap, 1.0)) ** 2
 
 
-def blend_rows(grid: TileGrid, slots: Mapping[int, np.ndarray], top: int, bottom: int, stride: int = 8) -> np.ndarray:
+def blend_rows(grid: TileGrid, slots: TileValues, top: int, bottom: int, stride: int = 8) -> np.ndarray:
     """Rows [top, bottom) of the blended canvas: float32 (C, bottom - top, W) in latent pixels.
 
     `slots[tile.index]` is (C, H, W) of that tile; only tiles that touch these rows are read, in index order. `KeyError`
@@ -65,7 +73,7 @@ def blend_rows(grid: TileGrid, slots: Mapping[int, np.ndarray], top: int, bottom
     return total_CHW.astype(np.float32)
 
 
-def blend(grid: TileGrid, slots: Mapping[int, np.ndarray], stride: int = 8) -> np.ndarray:
+def blend(grid: TileGrid, slots: TileValues, stride: int = 8) -> np.ndarray:
     """The whole blended canvas, float32 (C, H, W) in latent pixels; made in bands, so float64 sums stay small."""
     rows, band = grid.canvas_height // stride, grid.tile_height // stride
     return np.concatenate([blend_rows(grid, slots, y, min(y + band, rows), stride) for y in range(0, rows, band)], 1)
@@ -74,3 +82,16 @@ def blend(grid: TileGrid, slots: Mapping[int, np.ndarray], stride: int = 8) -> n
 def finished_rows(grid: TileGrid, done: int, stride: int = 8) -> int:
     """How many latent rows from the top need no tile with index `done` or above."""
     return grid.tiles[done].top // stride if done < len(grid.tiles) else grid.canvas_height // stride
+
+
+def slots_needed(grid: TileGrid, batch: int, stride: int = 8) -> int:
+    """How many consecutive tiles' velocities must be held at once when tiles come in batches of `batch` and rows are
+    blended as soon as they can be; slot = index modulo this number is then never overwritten too early."""
+    most, ready, first = 1, 0, 0
+    for tiles in grid.batches(batch):
+        done = tiles[-1].index + 1
+        while (grid.tiles[first].top + grid.tiles[first].height) // stride <= ready:
+            first += 1
+        most = max(most, done - first)
+        ready = finished_rows(grid, done, stride)
+    return most

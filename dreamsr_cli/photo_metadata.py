@@ -5,20 +5,33 @@ libvips hands over EXIF blocks as they are, except those of TIFFs, whose entries
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, BinaryIO
+from xml.sax.saxutils import quoteattr
 
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
+from dreamsr_cli import __version__
+
+RECORD = "urn:dreamsr:1.0/"
+"""XMP namespace of the property `madeBy`: one JSON object that says how a photo was made."""
+JPEG_BLOCK = 65502
+"""Longest XMP packet or EXIF block of a JPEG, bytes."""
 _EXIF_IFD, _GPS_IFD = 0x8769, 0x8825
 TEXT_TAGS = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298)
 """Entries of a TIFF that describe the photo and not the layout of its pixels: ImageDescription, Make, Model, Software,
 DateTime, Artist, Copyright."""
 SUB_DIRECTORIES = (_EXIF_IFD, _GPS_IFD)
 """Entries that point to a directory of their own."""
+_EMPTY_XMP = (
+    b'<?xpacket begin="\xef\xbb\xbf" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    b'<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"></rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
+)
 _BROKEN_EXIF = (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error)  # what Pillow raises on bad blocks
 
 
@@ -43,13 +56,34 @@ def read_tiff_directory(path: Path) -> tuple[bytes | None, bool]:
     directory, exif = Image.Exif(), Image.Exif()
     try:
         with path.open("rb") as file:
+            if file.read(4) == b"II+\0":
+                return _read_bigtiff(file)
+            file.seek(0)
             directory.load_from_fp(file)
             for tag in TEXT_TAGS + SUB_DIRECTORIES:
                 if tag in directory:
                     exif[tag] = directory.get_ifd(tag) if tag in SUB_DIRECTORIES else directory[tag]
             return (exif.tobytes() if len(exif) else None), directory.get(0x0106) == 3
-    except _BROKEN_EXIF:  # BigTIFF ends here too: Pillow's parser of bare directories knows the classic layout only
+    except _BROKEN_EXIF:
         return None, False
+
+
+def _read_bigtiff(file: BinaryIO) -> tuple[bytes | None, bool]:
+    """As `read_tiff_directory`, of a little-endian BigTIFF, which Pillow's `Exif` does not take."""
+    file.seek(0)
+    header = file.read(16)
+
+    def load(offset: int, group: int | None = None) -> dict[int, Any]:
+        entries = TiffImagePlugin.ImageFileDirectory_v2(header, group=group)
+        file.seek(offset)
+        entries.load(file)
+        return dict(entries)
+
+    directory, exif = load(struct.unpack("<Q", header[8:])[0]), Image.Exif()
+    for tag in TEXT_TAGS + SUB_DIRECTORIES:
+        if tag in directory:
+            exif[tag] = load(directory[tag], tag) if tag in SUB_DIRECTORIES else directory[tag]
+    return (exif.tobytes() if len(exif) else None), directory.get(0x0106) == 3
 
 
 def fit_metadata(
@@ -75,6 +109,39 @@ def fit_metadata(
     if exif and upright is None:
         notes.append("its EXIF block is damaged and was left out")
     return Metadata(icc, upright, _normalise_xmp(xmp) if xmp else None, dpi), notes
+
+
+def add_record(kept: Metadata, made_by: dict[str, Any]) -> tuple[Metadata, list[str]]:
+    """`kept` with `made_by` as one JSON object in XMP (replacing an earlier one) and EXIF Software; notes as above."""
+    exif = Image.Exif() if kept.exif is None else kept.exif
+    exif[0x0131] = f"dreamsr {__version__}"
+    value = quoteattr(json.dumps(made_by, sort_keys=True)).encode()
+    packet = kept.xmp or _EMPTY_XMP
+    packet = re.sub(rb"<rdf:Description[^<>]*xmlns:dreamsr=[^<>]*/>", b"", packet)
+    about = re.search(rb"rdf:about\s*=\s*([\"'][^\"']*[\"'])", packet)
+    head, end, tail = packet.rpartition(b"</rdf:RDF>")
+    if not end:
+        return replace(kept, exif=exif), ["its XMP can't be added to: how the photo was made is not recorded"]
+    entry = b'<rdf:Description rdf:about=%s xmlns:dreamsr="%s" dreamsr:madeBy=%s/>' % (
+        about[1] if about else b'""',
+        RECORD.encode(),
+        value,
+    )
+    return replace(kept, exif=exif, xmp=head + entry + end + tail), []
+
+
+def fit_jpeg(kept: Metadata, made_by: dict[str, Any] | None) -> tuple[Metadata, list[str]]:
+    """`kept` without what is too long for a JPEG; the record survives. Notes as above."""
+    notes: list[str] = []
+    if kept.xmp is not None and len(kept.xmp) > JPEG_BLOCK:
+        kept = replace(kept, xmp=None)
+        notes.append("its XMP is too long for a JPEG and was left out")
+        if made_by is not None:
+            kept, _ = add_record(kept, made_by)
+    if kept.exif is not None and len(kept.exif.tobytes()) > JPEG_BLOCK:
+        kept = replace(kept, exif=None)
+        notes.append("its EXIF block is too long for a JPEG and was left out")
+    return kept, notes
 
 
 def _normalise_exif(block: bytes, width: int, height: int) -> Image.Exif | None:

@@ -6,6 +6,7 @@ Prompts) is made to be read and edited by hand.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,8 +133,9 @@ def make_plan(
         global_text, source = global_prompt, "user"
     if len(grid.tiles) == 1:
         tile_texts = [global_text]
+    name = os.fsencode(photo.path.name).decode("utf-8", "replace")  # it may hold bytes that are no text
     return PromptPlan(
-        photo=PhotoId(photo.path.name, photo.sha256, photo.info.width, photo.info.height),
+        photo=PhotoId(name, photo.sha256, photo.info.width, photo.info.height),
         canvas=(out_width, out_height),
         tile=max(grid.tile_height, grid.tile_width),
         overlap=grid.overlap,

@@ -8,7 +8,8 @@ C channels, H W latent rows and columns of the canvas.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,15 +20,21 @@ from torch import Tensor
 from dreamsr_cli import flow
 from dreamsr_cli.config import ControlConfig, SamplingConfig
 from dreamsr_cli.draws import normal_rows
+from dreamsr_cli.journal import Journal, Piece, RowFile
+from dreamsr_cli.models.autoencoder import STRIDE
 from dreamsr_cli.models.bundle import Restorer
 from dreamsr_cli.models.conditioned_dit import Injections
 from dreamsr_cli.models.text_encoder import TextEmbedding, stack
-from dreamsr_cli.multidiffusion import blend_rows, finished_rows
+from dreamsr_cli.multidiffusion import blend_rows, finished_rows, slots_needed
 from dreamsr_cli.progress import Progress
 from dreamsr_cli.tiling import Tile, TileGrid
 
 REMOVAL_GUIDANCE = 1.0
 """FLUX's guidance input in the removal step, as in training (method.md)."""
+ENCODE, REMOVE, RENOISE, PIXELS = -1, -2, -3, -4
+"""Numbers of a job's pieces in the journal; texture steps are 1, 2, ..."""
+RENOISE_ROWS = 64
+"""Latent rows renoised at a time."""
 CONTROL_BYTES = 512 * 2**20
 """Control features are kept between steps up to this size in all; beyond it they are computed again, with the same
 result."""
@@ -50,8 +57,7 @@ class Texts:
 
 
 class Sampler:
-    """Both stages for one canvas. Canvases are float32 numpy arrays (C, H, W); only batches of tiles go to the
-    device."""
+    """Both stages for one canvas. Canvases lie in the journal; only batches of tiles go to the device."""
 
     def __init__(
         self,
@@ -61,78 +67,127 @@ class Sampler:
         sampling: SamplingConfig,
         control: ControlConfig,
         tile_batch: int,
+        journal: Journal,
         progress: Progress,
+        control_bytes: int = CONTROL_BYTES,
     ) -> None:
         self.restorer, self.grid, self.texts = restorer, grid, texts
-        self.sampling, self.control, self.progress = sampling, control, progress
+        self.sampling, self.control = sampling, control
+        self.journal, self.progress = journal, progress
+        self.control_bytes = control_bytes
         self.batch = min(tile_batch, len(grid.tiles))
         parameter = next(restorer.dit.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self._glob = stack([texts.glob.to(self.device, self.dtype)])
         self._has_guidance = bool(restorer.dit.transformer.config["guidance_embeds"])
+        channels = restorer.dit.transformer.config["in_channels"] // 4
+        _, _, height, width = grid.tiles[0].latent_box()
+        self.shape = (channels, grid.canvas_height // STRIDE, grid.canvas_width // STRIDE)
+        self._slots = journal.slots(slots_needed(grid, self.batch), (channels, height, width))
 
     @torch.inference_mode()
-    def remove(self, z_lq_CHW: np.ndarray) -> np.ndarray:
+    def probe(self) -> None:
+        """One full batch through both networks, on zeros: what doesn't fit the device's memory fails here."""
+        tiles = (self.grid.tiles[0],) * self.batch
+        _, _, height, width = tiles[0].latent_box()
+        z_BCHW = torch.zeros(self.batch, self.shape[0], height, width, device=self.device)
+        guidance = REMOVAL_GUIDANCE if self._has_guidance else None
+        self._removal_velocity(z_BCHW, tiles, guidance)
+
+    @torch.inference_mode()
+    def remove(self, z_lq: RowFile) -> RowFile:
         """Stage 1: z_dr = z_lq - t_r * v, one forward pass per tile with the LoRA on; v is merged over tiles first."""
-        t_r = self.sampling.t_r
+        t_r = np.float32(self.sampling.t_r)
         guidance = REMOVAL_GUIDANCE if self._has_guidance else None
         self.progress.phase("remove degradation", len(self.grid.tiles))
+        piece = self.journal.piece("z_dr", REMOVE, self.shape)
 
         def velocity(tiles: tuple[Tile, ...]) -> Tensor:
-            z_BCHW = self._crops(z_lq_CHW, tiles)
-            injections = self._control(z_BCHW, tiles, t_r, guidance)
-            if self.restorer.lora is None:
-                return self.restorer.dit(z_BCHW, self._time(t_r), self._glob, injections, guidance)
-            with self.restorer.lora.on():
-                return self.restorer.dit(z_BCHW, self._time(t_r), self._glob, injections, guidance)
+            return self._removal_velocity(self._crops(z_lq, tiles), tiles, guidance)
 
-        z_dr_CHW = np.empty_like(z_lq_CHW)
-        for top, bottom, v_CHW in self._merged(velocity):
-            z_dr_CHW[:, top:bottom] = z_lq_CHW[:, top:bottom] - np.float32(t_r) * v_CHW
-        return z_dr_CHW
+        for top, bottom, v_CHW in self._merged(velocity, REMOVE, piece.rows_done):
+            piece.append(z_lq.rows(top, bottom) - t_r * v_CHW)
+        return piece.finish()
 
     @torch.inference_mode()
-    def texture(
-        self, z_dr_CHW: np.ndarray, t_start: float, steps: int, seed: int, guidance: float | None
-    ) -> np.ndarray:
+    def texture(self, z_dr: RowFile, t_start: float, steps: int, seed: int, guidance: float | None) -> RowFile:
         """Stage 2: renoise z_dr to `t_start` (eq. 3), then `steps` Euler steps on the whole canvas, LoRA off."""
-        z_CHW = renoise(z_dr_CHW, t_start, seed)
         guidance = guidance if self._has_guidance else None
         ts = flow.timesteps(t_start, steps)
-        kept: dict[int, Injections] = {}
         self.progress.phase("texture", steps * len(self.grid.tiles))
-        for step, (t, t_next) in enumerate(pairwise(ts)):
-            self.progress.at(f"step {step + 1} of {steps}")
-            source_CHW, z_CHW = z_CHW, np.empty_like(z_CHW)
+        finished = next((k for k in range(steps, -1, -1) if self.journal.has(texture_name(k))), 0)
+        source = self.journal.piece(texture_name(finished), finished or RENOISE, self.shape)
+        if not source.done:
+            self._renoise(z_dr, source, t_start, seed)
+        self.progress.advance(finished * len(self.grid.tiles))
+        kept: dict[int, Injections] = {}
+        for step, (t, t_next) in enumerate(pairwise(ts), start=1):
+            if step <= finished:
+                continue
+            self.progress.at(f"step {step} of {steps}")
 
-            def velocity(tiles: tuple[Tile, ...], t: float = t, z: np.ndarray = source_CHW) -> Tensor:
-                injections = kept.get(tiles[0].index)
-                if injections is None:
-                    injections = self._control(self._crops(z_dr_CHW, tiles), tiles, t, guidance)
-                    if self.control.timestep == "clean" and (len(kept) + 1) * injections.size <= CONTROL_BYTES:
-                        kept[tiles[0].index] = injections
-                return self.restorer.dit(self._crops(z, tiles), self._time(t), self._glob, injections, guidance)
+            def velocity(tiles: tuple[Tile, ...], t: float = t, z: RowFile = source.file) -> Tensor:
+                injections = self._texture_control(z_dr, tiles, t, guidance, kept)
+                z_BCHW = self._crops(z, tiles)
+                made_BCHW = self.restorer.dit(z_BCHW, self._time(t), self._glob, injections, guidance)
+                if self.sampling.prediction == "velocity":
+                    return made_BCHW
+                return flow.velocity_of_correction(z_BCHW, self._crops(z_dr, tiles), made_BCHW, t)
 
-            for top, bottom, v_CHW in self._merged(velocity):
-                z_CHW[:, top:bottom] = source_CHW[:, top:bottom] + np.float32(t_next - t) * v_CHW
-        return z_CHW
+            piece = self.journal.piece(texture_name(step), step, self.shape)
+            for top, bottom, v_CHW in self._merged(velocity, step, piece.rows_done):
+                piece.append(source.file.rows(top, bottom) + np.float32(t_next - t) * v_CHW)
+            piece.finish()
+            source.drop()
+            source = piece
+        return source.file
 
-    def _merged(self, velocity) -> Iterator[tuple[int, int, np.ndarray]]:  # noqa: ANN001
-        """(top, bottom, v rows) of the canvas' merged velocity, each band as soon as no later tile touches it."""
-        slots: dict[int, np.ndarray] = {}
-        ready = 0
+    def _renoise(self, z_dr: RowFile, piece: Piece, t: float, seed: int) -> None:
+        for top in range(piece.rows_done, piece.rows, RENOISE_ROWS):
+            piece.append(renoise(z_dr.rows(top, min(top + RENOISE_ROWS, piece.rows)), t, seed, top))
+        piece.finish()
+
+    def _removal_velocity(self, z_BCHW: Tensor, tiles: tuple[Tile, ...], guidance: float | None) -> Tensor:
+        t_r = self.sampling.t_r
+        injections = self._control(z_BCHW, tiles, t_r, guidance)
+        with nullcontext() if self.restorer.lora is None else self.restorer.lora.on():
+            made_BCHW = self.restorer.dit(z_BCHW, self._time(t_r), self._glob, injections, guidance)
+        # The condition is z_lq itself here, so a correction is t_r times the velocity.
+        return made_BCHW if self.sampling.prediction == "velocity" else made_BCHW / t_r
+
+    def _merged(
+        self, velocity: Callable[[tuple[Tile, ...]], Tensor], step: int, ready: int
+    ) -> Iterator[tuple[int, int, np.ndarray]]:
+        """(top, bottom, v rows) of the canvas' merged velocity, each band as soon as no later tile touches it.
+
+        Goes on at latent row `ready`; batches whose slots are whole are not computed again.
+        """
+        self._slots.begin(step)
         for tiles in self.grid.batches(self.batch):
-            padded = tiles + (tiles[-1],) * (self.batch - len(tiles))
-            v_BCHW = velocity(padded)[: len(tiles)].float().cpu().numpy()
-            slots.update({tile.index: v for tile, v in zip(tiles, v_BCHW, strict=True)})
+            blended = all((tile.top + tile.height) // STRIDE <= ready for tile in tiles)
+            if not blended and not all(self._slots.holds(tile.index) for tile in tiles):
+                padded = tiles + (tiles[-1],) * (self.batch - len(tiles))
+                v_BCHW = velocity(padded)[: len(tiles)].float().cpu().numpy()
+                for tile, v_CHW in zip(tiles, v_BCHW, strict=True):
+                    self._slots.put(tile.index, v_CHW)
+                self.journal.worked()
             self.progress.advance(len(tiles))
             finished = finished_rows(self.grid, tiles[-1].index + 1)
             if finished > ready:
-                yield ready, finished, blend_rows(self.grid, slots, ready, finished)
+                yield ready, finished, blend_rows(self.grid, self._slots, ready, finished)
                 ready = finished
-                for tile in self.grid.tiles[: tiles[-1].index + 1]:
-                    if (tile.top + tile.height) // 8 <= ready:
-                        slots.pop(tile.index, None)
+
+    def _texture_control(
+        self, z_dr: RowFile, tiles: tuple[Tile, ...], t: float, guidance: float | None, kept: dict[int, Injections]
+    ) -> Injections:
+        """Control features of stage 2, from memory where they don't depend on the step and fit `control_bytes`."""
+        found = kept.get(tiles[0].index)
+        if found is not None:
+            return found
+        made = self._control(self._crops(z_dr, tiles), tiles, t, guidance)
+        if self.control.timestep == "clean" and (len(kept) + 1) * made.size <= self.control_bytes:
+            kept[tiles[0].index] = made
+        return made
 
     def _control(self, condition_BCHW: Tensor, tiles: tuple[Tile, ...], t: float, guidance: float | None) -> Injections:
         text = stack([self.texts.local[tile.index] for tile in tiles], self.texts.length).to(self.device, self.dtype)
@@ -141,22 +196,21 @@ class Sampler:
         features = self.restorer.controlnet(condition_BCHW, times, text, self.restorer.dit.mask_pads, guidance)
         return self.restorer.dit.prepare(features, self.control.scale)
 
-    def _crops(self, canvas_CHW: np.ndarray, tiles: tuple[Tile, ...]) -> Tensor:
-        crops = []
-        for tile in tiles:
-            top, left, height, width = tile.latent_box()
-            crops.append(canvas_CHW[:, top : top + height, left : left + width])
-        return torch.from_numpy(np.stack(crops)).to(self.device)
+    def _crops(self, canvas: RowFile, tiles: tuple[Tile, ...]) -> Tensor:
+        return torch.from_numpy(np.stack([canvas.crop(*tile.latent_box()) for tile in tiles])).to(self.device)
 
     def _time(self, t: float) -> Tensor:
         return torch.full((1,), t, device=self.device)
 
 
-def renoise(z_CHW: np.ndarray, t: float, seed: int) -> np.ndarray:
-    """Eq. 3, z_t = (1 - t) z + t eps; eps is drawn by latent row, so any band can be drawn again alone."""
-    channels, height, width = z_CHW.shape
-    out = np.empty_like(z_CHW)
-    for row in range(height):
-        eps_WC = normal_rows(seed, "canvas-noise", row, 1, width, channels)[0]
-        out[:, row] = flow.mix(z_CHW[:, row], eps_WC.T, np.float32(t))
-    return out
+def texture_name(step: int) -> str:
+    """Name of the canvas after `step` texture steps; 0 is the renoised one."""
+    return f"z_t.{step}"
+
+
+def renoise(z_CHW: np.ndarray, t: float, seed: int, first_row: int = 0) -> np.ndarray:
+    """Eq. 3, z_t = (1 - t) z + t eps, of the latent rows from `first_row` on; eps is drawn by latent row, so any band
+    can be drawn again alone."""
+    channels, rows, width = z_CHW.shape
+    eps_HWC = normal_rows(seed, "canvas-noise", first_row, rows, width, channels)
+    return flow.mix(z_CHW, eps_HWC.transpose(2, 0, 1), np.float32(t))

@@ -16,6 +16,8 @@ LAYERS = (
     ("__init__", "errors", "progress", "config", "draws"),
     (
         "images",
+        "photo_pixels",
+        "photo_decoding",
         "photo_metadata",
         "photo_encoders",
         "photo_writer",
@@ -27,15 +29,33 @@ LAYERS = (
         "journal",
         "weights",
         "device",
+        "machine",
+        "counting",
+        "counting_pixels",
+        "bundle_sizes",
     ),
     ("models",),
     ("prompts", "canvas", "sampler", "degradations", "losses"),
-    ("engine", "planning", "training", "evaluation"),
+    ("engine", "backoff", "planning", "workload", "training", "evaluation"),
     ("cli", "__main__"),
 )
 """Modules and sub-packages by layer, lowest first; an import goes to the same layer or down."""
 
-NO_TORCH = ("errors", "progress", "config", "draws", "weights", "cli", "__main__")
+NO_TORCH = (
+    "errors",
+    "progress",
+    "config",
+    "draws",
+    "weights",
+    "machine",
+    "counting",
+    "counting_pixels",
+    "bundle_sizes",
+    "workload",
+    "planning",
+    "cli",
+    "__main__",
+)
 """Where importing a module must not import torch, not even in a round-about way."""
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from dreamsr_cli.journal import Journal
 from dreamsr_cli.models.bundle import open_bundle
 from dreamsr_cli.progress import SilentProgress
-from dreamsr_cli.sampler import Sampler, Texts
+from dreamsr_cli.sampler import REMOVE, Sampler, Texts
 from dreamsr_cli.tiling import make_grid
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -87,7 +88,7 @@ def test_time_goes_where_it_was_spent(script, tiny_bundle, monkeypatch, capsys, 
     assert (run["rest"] >= 0.6) == (place == "read")
 
 
-def test_the_plain_loop_is_the_same_method(script, tiny_bundle) -> None:
+def test_the_plain_loop_is_the_same_method(script, tiny_bundle, tmp_path) -> None:
     """With control switched off on both sides, our sampler and the loop over diffusers give the same canvas."""
     loop = importlib.import_module("diffusers_loop")
     bundle = open_bundle(str(tiny_bundle))
@@ -104,8 +105,11 @@ def test_the_plain_loop_is_the_same_method(script, tiny_bundle) -> None:
     texts = Texts(glob, local)
     z_dr = np.random.default_rng(0).standard_normal((bundle.config.latent.channels, 12, 14), dtype=np.float32)
     config = bundle.config
-    sampler = Sampler(restorer, grid, texts, config.sampling, config.control, 3, SilentProgress())
-    ours = sampler.texture(z_dr, 0.8, 3, loop.SEED, None)
+    with Journal(tmp_path / "race.dreamsr", {}, 0) as journal:
+        piece = journal.piece("z_dr", REMOVE, z_dr.shape)
+        piece.append(z_dr)
+        sampler = Sampler(restorer, grid, texts, config.sampling, config.control, 3, journal, SilentProgress())
+        ours = sampler.texture(piece.finish(), 0.8, 3, loop.SEED, None).rows(0, z_dr.shape[1])
     theirs = loop.plain_texture(peer, grid, texts, 3, z_dr, 0.8, 3, None)
     assert np.abs(ours - theirs).max() < 1e-4
     for block in peer.controlnet.controlnet_blocks:

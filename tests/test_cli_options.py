@@ -22,7 +22,7 @@ def options(folder, toml="", environ=None, **flags):
 
 def test_every_setting_is_a_flag_and_every_flag_a_setting():
     fields = {f.name for cls in (UpscaleConfig, OutputConfig, RunConfig) for f in dataclasses.fields(cls)}
-    assert set(inspect.signature(command).parameters) - {"inputs", "as_json", "quiet"} == fields
+    assert set(inspect.signature(command).parameters) - {"inputs", "dry_run", "as_json", "quiet"} == fields
 
 
 def test_nothing_given_is_the_defaults(tmp_path):

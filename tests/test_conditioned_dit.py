@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 from tiny_models import METHOD_MAP, control_for, flux_transformer, latent, text
 
 from dreamsr_cli.errors import ConfigError
 from dreamsr_cli.models.conditioned_dit import ConditionedDiT, Injections
+from dreamsr_cli.models.context_attention import ContextCrossAttention
 from dreamsr_cli.models.mm_controlnet import ControlFeatures
 from dreamsr_cli.models.text_encoder import TextEmbedding
 from dreamsr_cli.models.tokens import pack, position_ids, unpack
+
 
 def diffusers_own(transformer, z, t_B, words: TextEmbedding, guidance: float | None) -> torch.Tensor:
     """The velocity by `FluxTransformer2DModel.forward`."""
@@ -157,7 +161,7 @@ def test_global_text_asks_and_local_text_answers() -> None:
     """Order of local tokens means nothing to attention; each global token gets its own answer."""
     transformer = flux_transformer()
     _, context = control_for(transformer, (0, None))
-    attention, local = context.blocks[0], features(1).text
+    attention, local = cast(ContextCrossAttention, context.blocks[0]), features(1).text
     assert local is not None
     asking = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

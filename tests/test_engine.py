@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from dreamsr_cli.backoff import WorkPlan, settle
 from dreamsr_cli.config import OutputConfig, UpscaleConfig
 from dreamsr_cli.engine import UpscaleResult, upscale
-from dreamsr_cli.errors import DreamSRError, UsageError
+from dreamsr_cli.errors import DeviceError, DreamSRError, JournalError, OutputError, UsageError
 from dreamsr_cli.models.bundle import Bundle, open_bundle
 from dreamsr_cli.progress import SilentProgress
 
@@ -146,19 +148,84 @@ def test_settings_that_make_no_sense_are_refused(bundle, tmp_path, settings, fla
     assert not (tmp_path / "b.png").exists()
 
 
-def test_an_error_in_the_middle_leaves_no_file(bundle, tmp_path, monkeypatch) -> None:
-    class Full(SilentProgress):
+def test_an_error_in_the_middle_leaves_a_journal_that_goes_on(bundle, tmp_path) -> None:
+    class Stop(SilentProgress):
         def phase(self, name: str, total: int) -> None:
             if name == "decode":
                 raise DreamSRError("stop", "now")
 
+    source, config = photo(tmp_path / "a.png"), UpscaleConfig(tile=64, overlap=16, steps=1)
     with pytest.raises(DreamSRError, match="stop"):
-        upscale(
-            photo(tmp_path / "a.png"),
-            tmp_path / "b.png",
-            bundle,
-            UpscaleConfig(tile=64, overlap=16, steps=1),
-            OutputConfig(),
-            Full(),
-        )
+        upscale(source, tmp_path / "b.png", bundle, config, OutputConfig(), Stop())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png.dreamsr"]
+    upscale(source, tmp_path / "b.png", bundle, config, OutputConfig(), SilentProgress())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
+    upscale(source, tmp_path / "c.png", bundle, config, OutputConfig(), SilentProgress())
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "c.png").read_bytes()
+
+
+def test_without_resume_an_error_leaves_nothing(bundle, tmp_path) -> None:
+    class Stop(SilentProgress):
+        def phase(self, name: str, total: int) -> None:
+            if name == "decode":
+                raise DreamSRError("stop", "now")
+
+    source, config = photo(tmp_path / "a.png"), UpscaleConfig(tile=64, overlap=16, steps=1)
+    with pytest.raises(DreamSRError, match="stop"):
+        upscale(source, tmp_path / "b.png", bundle, config, OutputConfig(resume=False), Stop())
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_other_settings_do_not_take_over_a_journal(bundle, tmp_path) -> None:
+    class Stop(SilentProgress):
+        def phase(self, name: str, total: int) -> None:
+            if name == "texture":
+                raise DreamSRError("stop", "now")
+
+    source, target = photo(tmp_path / "a.png"), tmp_path / "b.png"
+    with pytest.raises(DreamSRError, match="stop"):
+        upscale(source, target, bundle, UpscaleConfig(tile=64, overlap=16, seed=1), OutputConfig(), Stop())
+    with pytest.raises(JournalError, match="seed was 1, is 2"):
+        run(bundle, source, target, seed=2, precision="auto", scale=None, steps=None)
+
+
+def test_a_result_beyond_max_pixels_is_refused_before_the_work(bundle, tmp_path) -> None:
+    source = photo(tmp_path / "a.png", 40, 30)
+    with pytest.raises(OutputError, match="--max-pixels"):
+        upscale(source, tmp_path / "b.png", bundle, UpscaleConfig(), OutputConfig(max_pixels=19_000), SilentProgress())
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+class Greedy:
+    """A device whose memory holds two tiles, by a hook on the real network."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.batches = most, []
+
+    def __call__(self, module, args) -> None:
+        self.batches.append(len(args[0]))
+        if len(args[0]) > self.most:
+            raise torch.OutOfMemoryError("no room")
+
+
+@pytest.mark.parametrize(("most", "expected"), [(8, 8), (3, 2), (1, 1)])
+def test_out_of_memory_halves_the_batch_until_it_fits(most, expected) -> None:
+    greedy, notes = Greedy(most), SilentProgress()
+
+    def attempt(plan: WorkPlan) -> None:
+        greedy(None, (range(plan.tile_batch),))
+
+    found = settle(WorkPlan(8, 100), attempt, torch.device("cpu"), 512, True, notes)
+    assert found == WorkPlan(expected, 100)
+
+
+def test_nothing_smaller_left_names_the_tile_to_type() -> None:
+    def attempt(plan: WorkPlan) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(DeviceError) as error:
+        settle(WorkPlan(2, 100), attempt, torch.device("cpu"), 512, True, SilentProgress())
+    assert "--tile 256" in error.value.hint
+    with pytest.raises(DeviceError) as error:
+        settle(WorkPlan(2, 100), attempt, torch.device("cpu"), 512, False, SilentProgress())
+    assert "--no-backoff" in error.value.hint

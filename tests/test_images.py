@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import pyvips
 import tifffile
 from PIL import Image, ImageOps
-from sample_photos import RGB, copy, scene
+from sample_photos import RGB, bomb, copy, exif, scene
 
-from dreamsr_cli.errors import InputError
-from dreamsr_cli.images import is_photo_name, list_formats, open_photo
+from dreamsr_cli import photo_pixels
+from dreamsr_cli.errors import InputError, OutputError
+from dreamsr_cli.images import is_photo_name, list_formats, open_photo, read_info
 from dreamsr_cli.photo_writer import resolve_format
 
 
@@ -85,12 +91,123 @@ def test_a_rewritten_file_is_read_anew(tmp_path: Path) -> None:
 
 def test_a_png_called_jpg_is_read_for_what_it_is(tmp_path: Path) -> None:
     RGB.save(tmp_path / "a.jpg", "PNG")
-    assert open_photo(tmp_path / "a.jpg").info.format == "png"
+    photo = open_photo(tmp_path / "a.jpg")
+    assert photo.info.format == "png"
+    assert photo.notes == ("it is a PNG file, whatever its name says",)
+    RGB.save(tmp_path / "a.jpe", "JPEG")
+    assert open_photo(tmp_path / "a.jpe").notes == ()
+
+
+@pytest.mark.parametrize("name", ["caf\u00e9 \u65e5\u672c.png", "a[1].png", "n" * 251 + ".png", b"caf\xe9.png"])
+def test_any_name_can_be_read(tmp_path: Path, name: str | bytes) -> None:
+    path = tmp_path / (os.fsdecode(name) if isinstance(name, bytes) else name)
+    data = io.BytesIO()
+    RGB.save(data, "PNG")
+    try:
+        path.write_bytes(data.getvalue())
+    except OSError:
+        pytest.skip("this file system has no such names")
+    np.testing.assert_allclose(open_photo(path).read_rows(0, 22), scene() / 255, atol=1e-7)
+
+
+# ---------------------------------------------------------------- huge photos
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_spilled_photo_is_the_same_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orientation: int) -> None:
+    rng = np.random.default_rng(orientation)
+    levels = rng.integers(0, 255, (301, 75, 4), dtype=np.uint8)
+    levels[20:290, 10:60, 3] = 0
+    Image.fromarray(levels).save(tmp_path / "a.png", exif=exif(orientation))
+    spill = tmp_path / "spill"
+    kept = open_photo(tmp_path / "a.png", spill)
+    assert not kept.pixels.spilled
+    monkeypatch.setattr(photo_pixels, "IN_MEMORY", 100)
+    monkeypatch.setattr(photo_pixels, "_AT_ONCE", 75 * 4 * 128)
+    with open_photo(tmp_path / "a.png", spill) as photo:
+        assert photo.pixels.spilled and os.listdir(spill) == []
+        height = photo.info.height
+        for top, bottom in ((0, height), (3, 40), (height - 1, height), (0, 1)):
+            np.testing.assert_array_equal(photo.read_rows(top, bottom), kept.read_rows(top, bottom))
+            alpha, expected = photo.read_alpha(top, bottom), kept.read_alpha(top, bottom)
+            assert alpha is not None and expected is not None
+            np.testing.assert_array_equal(alpha, expected)
+    with pytest.raises(ValueError):
+        photo.read_rows(0, 1)
+
+
+def test_a_full_disk_is_told_while_spilling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RGB.save(tmp_path / "a.png")
+    monkeypatch.setattr(photo_pixels, "IN_MEMORY", 100)
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="no room for the decoded photo"):
+        open_photo(tmp_path / "a.png", tmp_path / "file")
+
+    def full(descriptor: int, data: memoryview, offset: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OutputError, match="No space"):
+        open_photo(tmp_path / "a.png", tmp_path)
+
+
+def test_a_bomb_is_refused_by_its_header(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"40000x40000 .*--max-pixels") as caught:
+        open_photo(bomb(tmp_path / "a.png", 40_000))
+    assert "--max-pixels 1600000000" in caught.value.hint
+    with pytest.raises(InputError, match="allows \\(681\\)"):
+        RGB.save(tmp_path / "b.png")
+        open_photo(tmp_path / "b.png", max_pixels=681)
+    assert open_photo(tmp_path / "b.png", max_pixels=682).info.width == 31
+
+
+def test_headers_of_huge_photos_are_read_without_their_pixels(tmp_path: Path) -> None:
+    info = read_info(bomb(tmp_path / "a.png", 90_000))
+    assert (info.width, info.height, info.grey, info.bit_depth) == (90_000, 90_000, False, 8)
+    RGB.save(tmp_path / "b.tif", exif=exif(6))
+    assert read_info(tmp_path / "b.tif") == open_photo(tmp_path / "b.tif").info
 
 
 def test_names() -> None:
     assert is_photo_name(Path("A.JPG")) and is_photo_name(Path("x/b.tiff")) and not is_photo_name(Path("notes.txt"))
     assert ".webp" in list_formats()
+    assert not is_photo_name(Path(".DS_Store"))
+
+
+@pytest.mark.parametrize("compression", ["zlib", None])
+@pytest.mark.parametrize("tile", [None, (16, 32)])
+def test_tiled_compressed_and_big_tiffs(tmp_path: Path, compression: str | None, tile: tuple[int, int] | None) -> None:
+    levels = scene(75, 61).astype(np.uint16) * 257
+    options: Any = {"tile": tile, "compression": compression, "bigtiff": True, "metadata": None}
+    tifffile.imwrite(tmp_path / "a.tif", levels, photometric="rgb", **options)
+    np.testing.assert_allclose(open_photo(tmp_path / "a.tif").read_rows(0, 75), levels / 65535, atol=1e-7)
+
+
+@pytest.mark.parametrize("compression", ["lzw", "jpeg", "packbits", "webp"])
+def test_tiffs_of_other_programs(tmp_path: Path, compression: str) -> None:
+    image = pyvips.Image.new_from_array(scene()).copy(interpretation="srgb")
+    image.tiffsave(str(tmp_path / "a.tif"), compression=compression, tile=True, tile_width=16, tile_height=16, Q=95)
+    tolerance = 0.01 if compression in ("lzw", "packbits") else 4
+    assert np.abs(open_photo(tmp_path / "a.tif").read_rows(0, 22) * 255 - scene()).mean() < tolerance
+
+
+def test_an_ultra_hdr_jpeg_is_read_as_a_jpeg(tmp_path: Path) -> None:
+    bright = pyvips.Image.new_from_array(scene()).copy(interpretation="srgb").colourspace("scrgb") * 3
+    bright.cast("float").copy(interpretation="scrgb").uhdrsave(str(tmp_path / "a.jpg"))
+    assert b"hdrgm" in (tmp_path / "a.jpg").read_bytes()
+    photo = open_photo(tmp_path / "a.jpg")
+    plain = pyvips.Image.jpegload(str(tmp_path / "a.jpg")).numpy()
+    assert (photo.info.format, photo.info.bit_depth) == ("jpeg", 8)
+    np.testing.assert_allclose(photo.read_rows(0, 22) * 255, plain, atol=1e-4)
+
+
+def test_avif_of_ten_bits_is_read_in_full(tmp_path: Path) -> None:
+    levels = scene().astype(np.uint16) * 257
+    image = pyvips.Image.new_from_array(levels).copy(interpretation="rgb16")
+    image.heifsave(str(tmp_path / "a.avif"), compression="av1", bitdepth=10, Q=95)
+    photo = open_photo(tmp_path / "a.avif")
+    assert (photo.info.format, photo.info.bit_depth, photo.notes) == ("avif", 16, ())
+    assert np.abs(photo.read_rows(0, 22) - levels / 65535).max() < 0.03
 
 
 # ---------------------------------------------------------------- bad input
@@ -126,6 +243,9 @@ def test_other_bad_inputs_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "drawing.png").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>')
     (tmp_path / "folder.jpg").mkdir()
     tifffile.imwrite(tmp_path / "float.tif", np.zeros((4, 4, 3), np.float32), photometric="rgb")
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(60))
+    (tmp_path / "new.jxl").write_bytes(b"\xff\x0a" + bytes(60))
+    (tmp_path / "boxed.jxl").write_bytes(b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(60))
     expected = {
         "missing.jpg": "no such file",
         "folder.jpg": "is a folder",
@@ -134,6 +254,9 @@ def test_other_bad_inputs_are_told_apart(tmp_path: Path) -> None:
         "numbers.jpg": "not a photo",
         "drawing.png": "not a photo",
         "float.tif": "samples are of type float",
+        "phone.heic": "HEIC files can't be read here",
+        "new.jxl": "JPEG XL files can't be read here",
+        "boxed.jxl": "JPEG XL files can't be read here",
     }
     for name, words in expected.items():
         with pytest.raises(InputError, match=words) as caught:

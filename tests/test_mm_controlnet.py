@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 from tiny_models import METHOD_MAP, control_for, flux_transformer, latent, text
@@ -16,7 +18,9 @@ ZERO = torch.zeros(1)
 
 
 @torch.no_grad()
-def run(controlnet: MMControlNet, words: TextEmbedding, t: float = 0.0, mask_pads=False, seed: int = 3) -> ControlFeatures:
+def run(
+    controlnet: MMControlNet, words: TextEmbedding, t: float = 0.0, mask_pads=False, seed: int = 3
+) -> ControlFeatures:
     batch = len(words.pooled_BD)
     return controlnet(latent(batch, seed=seed), torch.full((batch,), t), words, mask_pads, guidance=1.0)
 
@@ -139,7 +143,7 @@ def test_local_text_reaches_the_picture_through_control_only() -> None:
     assert torch.equal(v(one, one), v(one, one))
     assert (v(one, one) - v(one, two)).abs().max() > 1e-4  # by cross-attention
     assert (v(one, one) - v(two, one)).abs().max() > 1e-4  # by the image branch
-    torch.nn.init.zeros_(context.blocks[0].text_projection.weight)  # type: ignore[union-attr]
+    torch.nn.init.zeros_(cast(torch.nn.Linear, context.blocks[0].text_projection).weight)
     assert torch.equal(v(one, one), v(one, two))
 
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import json
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageOps
+from PIL.ExifTags import IFD
 from sample_photos import CAPTURED, RGB, SRGB, XMP, copy, exif, scene
 
+from dreamsr_cli import __version__, photo_encoders
 from dreamsr_cli.images import open_photo
+from dreamsr_cli.photo_metadata import RECORD
 from dreamsr_cli.photo_writer import PhotoWriter, resolve_format
 
 
@@ -69,6 +77,14 @@ def test_metadata_is_kept(tmp_path: Path, source: str, target: str) -> None:
         assert open_photo(out).info.dpi == pytest.approx((300, 300), abs=0.02)
 
 
+def test_the_density_turns_with_the_photo(tmp_path: Path) -> None:
+    RGB.save(tmp_path / "a.jpg", exif=exif(6), dpi=(300, 150))
+    photo = open_photo(tmp_path / "a.jpg")
+    assert photo.info.dpi == pytest.approx((150, 300), abs=0.02)
+    copy(photo, tmp_path / "out" / "a.tif", "tiff")
+    assert open_photo(tmp_path / "out" / "a.tif").info.dpi == pytest.approx((150, 300), abs=0.02)
+
+
 def test_a_photo_without_metadata_gets_none(tmp_path: Path) -> None:
     RGB.save(tmp_path / "a.jpg")
     photo = open_photo(tmp_path / "a.jpg")
@@ -77,6 +93,103 @@ def test_a_photo_without_metadata_gets_none(tmp_path: Path) -> None:
         copy(photo, tmp_path / "out" / name, resolve_format("auto", Path(name), photo.info))
         back = open_photo(tmp_path / "out" / name).info
         assert (back.icc, back.exif, back.xmp, back.dpi) == (None, None, None, None)
+
+
+@pytest.mark.parametrize("name", ["b.jpg", "b.png", "b.webp", "b.tif", "b.avif"])
+def test_how_it_was_made_is_recorded_once(tmp_path: Path, name: str) -> None:
+    RGB.save(tmp_path / "a.jpg", exif=exif(6), xmp=XMP)
+    made_by: dict[str, Any] = {"model": "mini", "global_prompt": 'a <"cat"> & it\'s 日本'}
+    source = tmp_path / "a.jpg"
+    for seed in (1, 2):
+        photo = open_photo(source)
+        format = resolve_format("auto", Path(name), photo.info)
+        assert copy(photo, tmp_path / str(seed) / name, format, made_by=made_by | {"seed": seed}) == []
+        source = tmp_path / str(seed) / name
+    info = open_photo(source).info
+    assert info.xmp is not None and info.exif is not None
+    tree = ElementTree.fromstring(info.xmp.rstrip(b"\0"))
+    records = [node.attrib[f"{{{RECORD}}}madeBy"] for node in tree.iter() if f"{{{RECORD}}}madeBy" in node.attrib]
+    assert [json.loads(record) for record in records] == [made_by | {"seed": 2}]
+    assert b'tiff:Orientation="1"' in info.xmp
+    block = Image.open(source).getexif()
+    assert block[0x0131].rstrip("\0") == f"dreamsr {__version__}" and block[0x010F].rstrip("\0") == "Maker"
+
+
+@pytest.mark.parametrize("name", ["b.jpg", "b.png", "b.webp", "b.tif", "b.avif"])
+def test_stripped_results_hold_nothing_but_pixels_and_profile(tmp_path: Path, name: str) -> None:
+    RGB.save(tmp_path / "a.jpg", exif=exif(6), xmp=XMP, icc_profile=SRGB, dpi=(300, 300))
+    photo = open_photo(tmp_path / "a.jpg")
+    format = resolve_format("auto", Path(name), photo.info)
+    copy(photo, tmp_path / "out" / name, format, strip_metadata=True, made_by={"seed": 1})
+    info = open_photo(tmp_path / "out" / name).info
+    assert (info.icc, info.exif, info.xmp, info.dpi) == (SRGB, None, None, None)
+    assert b"Maker" not in (tmp_path / "out" / name).read_bytes()
+
+
+def test_a_photo_without_metadata_gets_the_record_alone(tmp_path: Path) -> None:
+    RGB.save(tmp_path / "a.png")
+    copy(open_photo(tmp_path / "a.png"), tmp_path / "out" / "a.png", "png", made_by={"seed": 1})
+    info = open_photo(tmp_path / "out" / "a.png").info
+    assert info.xmp is not None and b'"seed": 1' in info.xmp
+    assert (info.icc, info.dpi) == (None, None)
+
+
+def test_the_thumbnail_is_dropped(tmp_path: Path) -> None:
+    thumbnail = io.BytesIO()
+    RGB.save(thumbnail, "JPEG")
+    data = thumbnail.getvalue()
+    first = struct.pack("<HHHII", 1, 0x010F, 2, 4, 0x006B614D)  # Make: "Mak"
+    second = struct.pack("<HHHIIHHII", 2, 0x0201, 4, 1, 56, 0x0202, 4, 1, len(data))
+    block = b"II*\0\x08\0\0\0" + first + struct.pack("<I", 26) + second + bytes(4)
+    block = block.ljust(56, b"\0") + data
+    RGB.save(tmp_path / "a.jpg", exif=b"Exif\0\0" + block)
+    assert Image.open(tmp_path / "a.jpg").getexif().get_ifd(IFD.IFD1)[0x0202] == len(data)
+    photo = open_photo(tmp_path / "a.jpg")
+    for name in ("b.jpg", "b.png", "b.tif"):
+        copy(photo, tmp_path / "out" / name, resolve_format("auto", Path(name), photo.info))
+        kept = Image.open(tmp_path / "out" / name).getexif()
+        assert kept[0x010F].startswith("Mak")
+        assert data[20:60] not in (tmp_path / "out" / name).read_bytes()
+
+
+def test_what_is_too_long_for_a_jpeg_is_left_out_and_told(tmp_path: Path) -> None:
+    RGB.save(tmp_path / "a.webp", xmp=XMP.replace(b"<rdf:RDF", b" " * 70000 + b"<rdf:RDF"))
+    photo = open_photo(tmp_path / "a.webp")
+    notes = copy(photo, tmp_path / "out" / "b.jpg", "jpg", made_by={"seed": 5})
+    assert notes == ["its XMP is too long for a JPEG and was left out"]
+    packet = open_photo(tmp_path / "out" / "b.jpg").info.xmp
+    assert packet is not None and b"madeBy" in packet and b"tiff:" not in packet
+    block = exif(1)
+    block.get_ifd(0x8769)[0x9286] = "x" * 70000
+    info = replace(photo.info, xmp=None, exif=block.tobytes()[6:])
+    with PhotoWriter(tmp_path / "c.jpg", info, 31, 22, "jpg", 95) as writer:
+        writer.write_strip(photo.read_rows(0, 22), None)
+    assert writer.notes == ["its EXIF block is too long for a JPEG and was left out"]
+
+
+def test_xmp_that_cannot_be_added_to_is_kept_and_told(tmp_path: Path) -> None:
+    RGB.save(tmp_path / "a.webp", xmp=b"<x/>")
+    photo = open_photo(tmp_path / "a.webp")
+    notes = copy(photo, tmp_path / "out" / "b.webp", "webp", made_by={"seed": 5})
+    assert len(notes) == 1 and "not recorded" in notes[0]
+    assert open_photo(tmp_path / "out" / "b.webp").info.xmp == b"<x/>"
+
+
+def test_a_bigtiff_keeps_its_exif(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written as BigTIFF when it is larger than classic TIFF can be."""
+    RGB.save(tmp_path / "a.jpg", exif=exif(6), quality=95)
+    photo = open_photo(tmp_path / "a.jpg")
+    monkeypatch.setattr(photo_encoders, "_CLASSIC_LIMIT", 100)
+    copy(photo, tmp_path / "out" / "b.tif", "tiff")
+    with tifffile.TiffFile(tmp_path / "out" / "b.tif") as tiff:
+        assert tiff.is_bigtiff
+        assert tiff.pages.first.tags[0x8769].value["DateTimeOriginal"] == CAPTURED
+    block = open_photo(tmp_path / "out" / "b.tif").info.exif
+    assert block is not None
+    back = Image.Exif()
+    back.load(block)
+    assert back[0x010F].rstrip("\0") == "Maker"
+    assert back.get_ifd(0x8769)[0x9003].rstrip("\0") == CAPTURED and back.get_ifd(0x8825)[1].rstrip("\0") == "N"
 
 
 def test_damaged_exif_and_a_misfit_profile_are_left_out_and_told(tmp_path: Path) -> None:

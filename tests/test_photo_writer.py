@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ import tifffile
 from PIL import Image
 from sample_photos import RGB, SRGB, copy, exif, pixels, scene, with_alpha
 
-from dreamsr_cli.errors import OutputError, UsageError
+from dreamsr_cli import photo_writer
+from dreamsr_cli.errors import UsageError
 from dreamsr_cli.images import PhotoInfo, open_photo
-from dreamsr_cli.photo_writer import PhotoWriter, resolve_format
+from dreamsr_cli.photo_writer import PhotoWriter, resolve_bit_depth, resolve_format
 
 KINDS: dict[str, tuple[Image.Image, dict[str, Any], str]] = {
     "rgb.png": (RGB, {}, "RGB"),
@@ -34,6 +34,8 @@ KINDS: dict[str, tuple[Image.Image, dict[str, Any], str]] = {
     "grey.tif": (RGB.convert("L"), {}, "L"),
     "grey_alpha.tif": (with_alpha().convert("LA"), {}, "LA"),
     "palette.tif": (RGB.quantize(32), {}, "P"),
+    "rgb.avif": (RGB, {"quality": 95}, "RGB"),
+    "alpha.avif": (with_alpha(), {"quality": 95}, "RGBA"),
 }
 
 
@@ -54,22 +56,56 @@ def test_each_kind_comes_back_as_itself(tmp_path: Path, name: str) -> None:
     before, after = pixels(source), pixels(out)
     visible = before[..., 3] > 0
     np.testing.assert_array_equal(after[..., 3] == 0, ~visible)
-    tolerance = 8 if out.suffix in (".jpg", ".webp") else 0  # palettes of at most 64 colours fit the table exactly
+    tolerance = (
+        8 if out.suffix in (".jpg", ".webp", ".avif") else 0
+    )  # palettes of at most 64 colours fit the table exactly
     assert np.abs(after - before)[..., :3][visible].max() <= tolerance
     assert np.abs(after - before)[..., 3].max() == 0
 
 
-def test_sixteen_bits_are_read_in_full_and_the_writer_says_that_it_writes_eight(tmp_path: Path) -> None:
+def _as_rgb(levels_PQC: np.ndarray, bands: int) -> np.ndarray:
+    return levels_PQC[..., :3] if bands >= 3 else levels_PQC[..., :1].repeat(3, axis=2)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+@pytest.mark.parametrize("bands", [1, 2, 3, 4])
+def test_sixteen_bits_come_back_as_sixteen(tmp_path: Path, name: str, bands: int) -> None:
+    levels = np.concatenate([scene(), scene()[..., :1]], axis=2).astype(np.uint16)[..., :bands] * 256 + 77
+    kind = "rgb16" if bands > 2 else "grey16"
+    pyvips.Image.new_from_array(levels).copy(interpretation=kind).write_to_file(str(tmp_path / name))
+    photo = open_photo(tmp_path / name)
+    assert (photo.info.bit_depth, photo.info.alpha, photo.info.grey) == (16, bands in (2, 4), bands < 3)
+    np.testing.assert_allclose(photo.read_rows(0, 22), _as_rgb(levels, bands) / 65535, atol=1e-7)
+    assert copy(photo, tmp_path / "out" / name, resolve_format("auto", None, photo.info)) == []
+    back = pyvips.Image.new_from_file(str(tmp_path / "out" / name))
+    assert back.format == "ushort"
+    np.testing.assert_array_equal(back.numpy().reshape(levels.shape), levels)
+
+
+def test_eight_bits_on_request_and_where_the_format_has_no_more(tmp_path: Path) -> None:
     levels = scene().astype(np.uint16) * 256 + 77
-    image = pyvips.Image.new_from_array(levels).copy(interpretation="rgb16")
-    for name in ("a.png", "a.tif"):
-        image.write_to_file(str(tmp_path / name))
-        photo = open_photo(tmp_path / name)
-        assert photo.info.bit_depth == 16
-        np.testing.assert_allclose(photo.read_rows(0, 22), levels / 65535, atol=1e-7)
-        notes = copy(photo, tmp_path / "out" / name, resolve_format("auto", None, photo.info))
+    pyvips.Image.new_from_array(levels).copy(interpretation="rgb16").write_to_file(str(tmp_path / "a.png"))
+    photo = open_photo(tmp_path / "a.png")
+    for name, asked in (("b.png", "8"), ("b.tif", "8"), ("b.jpg", "auto")):
+        format = resolve_format("auto", Path(name), photo.info)
+        notes = copy(photo, tmp_path / "out" / name, format, bit_depth=asked)
         assert notes == ["written with 8 bits per channel"]
-        np.testing.assert_array_equal(pixels(tmp_path / "out" / name)[..., :3], np.rint(levels / 257))
+        tolerance = 6 if name == "b.jpg" else 0
+        assert np.abs(pixels(tmp_path / "out" / name)[..., :3] - np.rint(levels / 257)).max() <= tolerance
+
+
+def test_sixteen_bits_on_request(tmp_path: Path) -> None:
+    RGB.quantize(16).save(tmp_path / "a.png")
+    photo = open_photo(tmp_path / "a.png")
+    notes = copy(photo, tmp_path / "out" / "b.png", "png", bit_depth="16")
+    assert any("full colour" in note for note in notes)
+    assert open_photo(tmp_path / "out" / "b.png").info.bit_depth == 16
+    assert resolve_bit_depth("auto", "png", photo.info) == 8
+    for format in ("jpg", "webp", "avif"):
+        with pytest.raises(UsageError, match="--bit-depth 16"):
+            resolve_bit_depth("16", format, photo.info)
+    with pytest.raises(UsageError, match="--bit-depth 12"):
+        resolve_bit_depth("12", "png", photo.info)
 
 
 def test_jpeg_lays_alpha_over_white_and_says_so(tmp_path: Path) -> None:
@@ -141,77 +177,16 @@ def test_formats_are_resolved() -> None:
     assert resolve_format("jpg", Path("x.jpeg"), info) == "jpg"
     with pytest.raises(UsageError, match="--format png"):
         resolve_format("png", Path("x.jpg"), info)
+    assert resolve_format("auto", Path("x.avif"), info) == "avif"
     with pytest.raises(UsageError, match="gif"):
         resolve_format("auto", Path("x.gif"), info)
     with pytest.raises(UsageError, match="unknown"):
         resolve_format("bmp", None, info)
 
 
-# ---------------------------------------------------------------- bad output
-
-
-def info_of(tmp_path: Path) -> PhotoInfo:
-    RGB.save(tmp_path / "a.png")
-    return open_photo(tmp_path / "a.png").info
-
-
-def test_an_exception_leaves_nothing_and_keeps_the_old_file(tmp_path: Path) -> None:
-    info = info_of(tmp_path)
-    (tmp_path / "b.png").write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), PhotoWriter(tmp_path / "b.png", info, 31, 22, "png", 95) as writer:
-        writer.write_strip(np.zeros((4, 31, 3), np.float32), None)
-        raise KeyboardInterrupt
-    assert sorted(os.listdir(tmp_path)) == ["a.png", "b.png"]
-    assert (tmp_path / "b.png").read_bytes() == b"old"
-
-
-def test_missing_rows_and_wrong_strips_are_refused(tmp_path: Path) -> None:
-    info = info_of(tmp_path)
-    with pytest.raises(ValueError, match="4 of 22 rows"), PhotoWriter(tmp_path / "b.png", info, 31, 22, "png", 95) as w:
-        w.write_strip(np.zeros((4, 31, 3), np.float32), None)
-    for strip, alpha in (((4, 30, 3), False), ((23, 31, 3), False), ((4, 31, 3), True)):
-        with pytest.raises(ValueError), PhotoWriter(tmp_path / "b.png", info, 31, 22, "png", 95) as w:
-            w.write_strip(np.zeros(strip, np.float32), np.ones(strip[:2], np.float32) if alpha else None)
-    assert os.listdir(tmp_path) == ["a.png"]
-
-
-def test_values_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
-    info = info_of(tmp_path)
-    with (
-        pytest.raises(OutputError, match="not numbers"),
-        PhotoWriter(tmp_path / "b.png", info, 31, 22, "png", 95) as writer,
-    ):
-        writer.write_strip(np.full((22, 31, 3), np.nan, np.float32), None)
-    assert os.listdir(tmp_path) == ["a.png"]
-
-
-def test_format_limits_are_known_beforehand(tmp_path: Path) -> None:
-    info = info_of(tmp_path)
-    for format, side in (("jpg", 65536), ("webp", 16384)):
-        with pytest.raises(OutputError, match=str(side - 1)):
-            PhotoWriter(tmp_path / "b", info, 10, side, format, 95)
-        PhotoWriter(tmp_path / "b", info, 10, side - 1, format, 95)
-
-
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
-    info = info_of(tmp_path)
-    with pytest.raises(OutputError) as caught, PhotoWriter(tmp_path / "a.png" / "b.png", info, 31, 22, "png", 95):
-        pass
-    assert "b.png" in caught.value.message and caught.value.hint
-    (tmp_path / "b.png").mkdir()
-    with pytest.raises(OutputError), PhotoWriter(tmp_path / "b.png", info, 31, 22, "png", 95) as writer:
-        writer.write_strip(np.zeros((22, 31, 3), np.float32), None)
-    assert sorted(os.listdir(tmp_path)) == ["a.png", "b.png"]
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's always-full device")
-def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    info = info_of(tmp_path)
-    with (
-        pytest.raises(OutputError, match="No space"),
-        PhotoWriter(tmp_path / "b.png", info, 31, 22, "png", 95) as writer,
-        open("/dev/full", "wb", buffering=0) as full,
-    ):
-        monkeypatch.setattr(writer, "_raw", full)
-        writer.write_strip(np.zeros((22, 31, 3), np.float32), None)
-    assert os.listdir(tmp_path) == ["a.png"]
+def test_a_large_palette_photo_becomes_full_colour_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RGB.quantize(16).save(tmp_path / "a.png")
+    monkeypatch.setattr(photo_writer, "PALETTE_PIXELS", 31 * 22 - 1)
+    notes = copy(open_photo(tmp_path / "a.png"), tmp_path / "out" / "a.png", "png")
+    assert notes == ["written in full colour: too large for a palette"]
+    assert Image.open(tmp_path / "out" / "a.png").mode == "RGB"

@@ -124,7 +124,7 @@ def test_weights_of_another_transformer_or_broken_ones_are_refused(tmp_path, wro
         case "missing":
             save_file({k: v for k, v in state.items() if k != key}, path)
         case "extra":
-            save_file({**state, key.replace("blocks.0", "blocks.9"): state[key]}, path)
+            save_file({**state, key.replace("blocks.0", "blocks.9"): state[key].clone()}, path)
         case "truncated":
             path.write_bytes(path.read_bytes()[:-9])
         case "rank":

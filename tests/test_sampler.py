@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from dreamsr_cli import flow
+from dreamsr_cli.journal import Journal, RowFile
 from dreamsr_cli.models.bundle import Restorer, open_bundle
 from dreamsr_cli.models.text_encoder import stack
 from dreamsr_cli.multidiffusion import blend
 from dreamsr_cli.progress import SilentProgress
-from dreamsr_cli.sampler import Sampler, Texts, renoise
+from dreamsr_cli.sampler import CONTROL_BYTES, REMOVE, Sampler, Texts, renoise
 from dreamsr_cli.tiling import make_grid
 
 CPU = torch.device("cpu")
@@ -29,20 +31,62 @@ def opened(tiny_bundle):
     )
 
 
-def make_sampler(opened, height=128, width=176, tile=64, overlap=16, batch=2, texts=None, **control) -> Sampler:
-    bundle, restorer, encoder = opened
-    grid = make_grid(height, width, tile, overlap)
-    words = texts or [f"tile number {tile.index}" for tile in grid.tiles]
-    (glob, *local), _ = encoder.encode(["the whole photo", *words], 128)
-    settings = replace(bundle.config.control, **control)
-    return Sampler(restorer, grid, Texts(glob, local), bundle.config.sampling, settings, batch, SilentProgress())
+class Bench:
+    """A sampler on real journals in a temporary folder, with canvases in and out as arrays."""
+
+    def __init__(
+        self, opened, folder: Path, height=128, width=176, tile=64, overlap=16, batch=2, texts=None, **control
+    ):
+        bundle, self.restorer, encoder = opened
+        self.folder, self.batch = folder, batch
+        self.grid = make_grid(height, width, tile, overlap)
+        words = texts or [f"tile number {tile.index}" for tile in self.grid.tiles]
+        (glob, *local), _ = encoder.encode(["the whole photo", *words], 128)
+        self.texts, self.sampling = Texts(glob, local), bundle.config.sampling
+        self.control = replace(bundle.config.control, **control)
+        channels = self.restorer.dit.transformer.config["in_channels"] // 4
+        self.shape = (channels, self.grid.canvas_height // 8, self.grid.canvas_width // 8)
+        self.jobs = 0
+
+    def latent(self, seed: int = 0) -> np.ndarray:
+        return np.random.default_rng(seed).standard_normal(self.shape).astype(np.float32)
+
+    def sampler(self, journal: Journal, control_bytes: int = CONTROL_BYTES) -> Sampler:
+        return Sampler(
+            self.restorer,
+            self.grid,
+            self.texts,
+            self.sampling,
+            self.control,
+            self.batch,
+            journal,
+            SilentProgress(),
+            control_bytes,
+        )
+
+    def on_disk(self, values: np.ndarray, name: str) -> RowFile:
+        channels, rows, width = values.shape
+        file = RowFile(self.folder / name, rows, width, channels, create=True)
+        file.write_rows(0, values)
+        return file
+
+    def journal(self) -> Journal:
+        self.jobs += 1
+        return Journal(self.folder / f"job{self.jobs}.dreamsr", {}, 0)
+
+    def remove(self, z_lq: np.ndarray) -> np.ndarray:
+        with self.journal() as journal:
+            return self.sampler(journal).remove(self.on_disk(z_lq, "z_lq")).rows(0, self.shape[1]).copy()
+
+    def texture(self, z_dr: np.ndarray, t: float, steps: int, seed: int = 0, **settings) -> np.ndarray:
+        with self.journal() as journal:
+            sampler = self.sampler(journal, **settings)
+            return sampler.texture(self.on_disk(z_dr, "z"), t, steps, seed, None).rows(0, self.shape[1]).copy()
 
 
-def latent(sampler: Sampler, seed: int = 0) -> np.ndarray:
-    grid = sampler.grid
-    channels = sampler.restorer.dit.transformer.config["in_channels"] // 4
-    shape = (channels, grid.canvas_height // 8, grid.canvas_width // 8)
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+@pytest.fixture
+def bench(opened, tmp_path):
+    return lambda **settings: Bench(opened, tmp_path, **settings)
 
 
 class Calls:
@@ -59,107 +103,169 @@ class Calls:
         self._handle.remove()
 
 
-def test_condition_of_a_tile_is_the_crop_at_the_same_place(opened) -> None:
-    sampler = make_sampler(opened, batch=1)
-    z_dr = latent(sampler)
-    with Calls(sampler.restorer.controlnet) as control, Calls(sampler.restorer.dit) as dit:
-        sampler.texture(z_dr, 0.8, 1, seed=3, guidance=None)
+def test_condition_of_a_tile_is_the_crop_at_the_same_place(bench) -> None:
+    b = bench(batch=1)
+    z_dr = b.latent()
+    with Calls(b.restorer.controlnet) as control, Calls(b.restorer.dit) as dit:
+        b.texture(z_dr, 0.8, 1, seed=3)
     z_t = renoise(z_dr, 0.8, 3)
-    assert len(control.inputs) == len(dit.inputs) == len(sampler.grid.tiles) > 4
-    for tile, seen, drawn in zip(sampler.grid.tiles, control.inputs, dit.inputs, strict=True):
+    assert len(control.inputs) == len(dit.inputs) == len(b.grid.tiles) > 4
+    for tile, seen, drawn in zip(b.grid.tiles, control.inputs, dit.inputs, strict=True):
         top, left, height, width = tile.latent_box()
         here = np.s_[:, top : top + height, left : left + width]
         assert np.array_equal(seen[0][0].numpy(), z_dr[here])
         assert np.array_equal(drawn[0][0].numpy(), z_t[here])
 
 
-def test_each_tile_is_told_its_own_local_text(opened) -> None:
-    sampler = make_sampler(opened, batch=1)
-    with Calls(sampler.restorer.controlnet) as control:
-        sampler.remove(latent(sampler))
-    for tile, seen in zip(sampler.grid.tiles, control.inputs, strict=True):
-        own = sampler.texts.local[tile.index].tokens_BTD
+def test_each_tile_is_told_its_own_local_text(bench) -> None:
+    b = bench(batch=1)
+    with Calls(b.restorer.controlnet) as control:
+        b.remove(b.latent())
+    for tile, seen in zip(b.grid.tiles, control.inputs, strict=True):
+        own = b.texts.local[tile.index].tokens_BTD
         assert torch.equal(seen[2].tokens_BTD[:, : own.shape[1]], own)
 
 
-def test_one_tile_equals_no_tiles(opened) -> None:
-    sampler = make_sampler(opened, tile=0, texts=["local words"])
-    z_lq = latent(sampler)
-    restorer: Restorer = sampler.restorer
-    local, glob = stack([sampler.texts.local[0]]), stack([sampler.texts.glob])
+def test_one_tile_equals_no_tiles(bench) -> None:
+    b = bench(tile=0, texts=["local words"])
+    z_lq = b.latent()
+    restorer: Restorer = b.restorer
+    local, glob = stack([b.texts.local[0]]), stack([b.texts.glob])
     z = torch.from_numpy(z_lq)[None]
     with torch.no_grad():
         ready = restorer.dit.prepare(restorer.controlnet(z, torch.zeros(1), local, mask_pads=True))
         assert restorer.lora is not None
         with restorer.lora.on():
             z_dr = z - restorer.dit(z, torch.ones(1), glob, ready)
-        assert np.array_equal(sampler.remove(z_lq), z_dr[0].numpy())
+        assert np.array_equal(b.remove(z_lq), z_dr[0].numpy())
         ready = restorer.dit.prepare(restorer.controlnet(z_dr, torch.zeros(1), local, mask_pads=True))
         z_t = torch.from_numpy(renoise(z_dr[0].numpy(), 0.8, 5))[None]
         expected = flow.euler(z_t, lambda z, t: restorer.dit(z, torch.tensor([t]), glob, ready), flow.timesteps(0.8, 3))
-    found = sampler.texture(z_dr[0].numpy(), 0.8, 3, seed=5, guidance=None)
+    found = b.texture(z_dr[0].numpy(), 0.8, 3, seed=5)
     assert np.abs(found - expected[0].numpy()).max() < 1e-5
 
 
-def test_merged_velocity_is_the_blend_of_tiles_in_any_order(opened) -> None:
-    sampler = make_sampler(opened, batch=1)
-    z_lq = latent(sampler)
-    slots = {}
-    assert sampler.restorer.lora is not None
-    with torch.inference_mode(), sampler.restorer.lora.on():
-        for tile in reversed(sampler.grid.tiles):
-            z = sampler._crops(z_lq, (tile,))
-            slots[tile.index] = (
-                sampler.restorer.dit(z, torch.ones(1), sampler._glob, sampler._control(z, (tile,), 1.0, None))
-            )[0].numpy()
-    expected = z_lq - np.float32(sampler.sampling.t_r) * blend(sampler.grid, slots)
-    assert np.array_equal(sampler.remove(z_lq), expected)
+def test_corrections_become_the_velocity_that_points_at_condition_minus_correction(bench) -> None:
+    b = bench(tile=0, texts=["local words"])
+    z_dr, sampling = b.latent(), b.sampling
+    b.sampling = replace(sampling, prediction="correction")
+    restorer: Restorer = b.restorer
+    local, glob = stack([b.texts.local[0]]), stack([b.texts.glob])
+    condition, z_t = torch.from_numpy(z_dr)[None], torch.from_numpy(renoise(z_dr, 0.5, 5))[None]
+    with torch.no_grad():
+        ready = restorer.dit.prepare(restorer.controlnet(condition, torch.zeros(1), local, mask_pads=True))
+        correction = restorer.dit(z_t, torch.tensor([0.5]), glob, ready)
+    # One step from t = 0.5 to 0 lands on the predicted clean latent.
+    assert np.abs(b.texture(z_dr, 0.5, 1, seed=5) - (condition - correction)[0].numpy()).max() < 1e-5
+    removed = b.remove(z_dr)
+    b.sampling = sampling
+    assert np.array_equal(removed, b.remove(z_dr)), "with t_r = 1 a correction is the velocity"
 
 
-def test_clean_control_runs_once_per_tile_and_sampled_every_step(opened) -> None:
+def test_merged_velocity_is_the_blend_of_tiles_in_any_order(bench) -> None:
+    b = bench(batch=1)
+    z_lq, slots = b.latent(), {}
+    with b.journal() as journal:
+        sampler, file = b.sampler(journal), b.on_disk(z_lq, "z_lq")
+        with torch.inference_mode():
+            for tile in reversed(b.grid.tiles):
+                v_BCHW = sampler._removal_velocity(sampler._crops(file, (tile,)), (tile,), None)
+                slots[tile.index] = v_BCHW[0].numpy()
+    expected = z_lq - np.float32(b.sampling.t_r) * blend(b.grid, slots)
+    assert np.array_equal(b.remove(z_lq), expected)
+
+
+def test_clean_control_runs_once_per_tile_and_sampled_every_step(bench) -> None:
     for timestep, runs in (("clean", 1), ("sampled", 3)):
-        sampler = make_sampler(opened, batch=1, timestep=timestep)
-        with Calls(sampler.restorer.controlnet) as control:
-            sampler.texture(latent(sampler), 0.8, 3, seed=0, guidance=None)
-        assert len(control.inputs) == runs * len(sampler.grid.tiles)
+        b = bench(batch=1, timestep=timestep)
+        with Calls(b.restorer.controlnet) as control:
+            b.texture(b.latent(), 0.8, 3)
+        assert len(control.inputs) == runs * len(b.grid.tiles)
         seen = {round(float(args[1][0]), 4) for args in control.inputs}
         assert seen == ({0.0} if timestep == "clean" else {0.8, 0.5333, 0.2667})
 
 
-def test_features_beyond_the_budget_are_computed_again_with_the_same_bytes(opened, monkeypatch) -> None:
-    sampler = make_sampler(opened)
-    z_dr = latent(sampler)
-    kept = sampler.texture(z_dr, 0.8, 2, seed=1, guidance=None)
-    monkeypatch.setattr("dreamsr_cli.sampler.CONTROL_BYTES", 0)
-    assert np.array_equal(sampler.texture(z_dr, 0.8, 2, seed=1, guidance=None), kept)
+def test_features_beyond_the_budget_are_computed_again_with_the_same_bytes(bench) -> None:
+    b = bench()
+    z_dr = b.latent()
+    with Calls(b.restorer.controlnet) as kept_calls:
+        kept = b.texture(z_dr, 0.8, 2)
+    with Calls(b.restorer.controlnet) as again_calls:
+        again = b.texture(z_dr, 0.8, 2, control_bytes=0)
+    assert np.array_equal(kept, again)
+    assert len(again_calls.inputs) == 2 * len(kept_calls.inputs)
 
 
-def test_lora_is_on_in_removal_only(opened) -> None:
-    sampler = make_sampler(opened)
+def test_lora_is_on_in_removal_only(bench) -> None:
+    b = bench()
     states: dict[str, set[bool]] = {"remove": set(), "texture": set()}
-    lora = sampler.restorer.lora
-    assert lora is not None
-    for stage in states:
-        handle = sampler.restorer.dit.register_forward_pre_hook(lambda *_, s=stage: states[s].add(lora.active))
-        if stage == "remove":
-            sampler.remove(latent(sampler))
-        else:
-            sampler.texture(latent(sampler), 0.8, 1, seed=0, guidance=None)
+    for stage, work in (("remove", b.remove), ("texture", lambda z: b.texture(z, 0.8, 1))):
+        note = states[stage]
+        handle = b.restorer.dit.register_forward_pre_hook(lambda *_, note=note: note.add(b.restorer.lora.active))
+        work(b.latent())
         handle.remove()
     assert states == {"remove": {True}, "texture": {False}}
 
 
-def test_batches_differ_by_rounding_only(opened) -> None:
-    one, four = make_sampler(opened, batch=1), make_sampler(opened, batch=4)
-    z_lq = latent(one)
-    difference = np.abs(one.remove(z_lq) - four.remove(z_lq))
-    assert difference.max() < 1e-4
+def test_batches_differ_by_rounding_only(bench) -> None:
+    one, four = bench(batch=1), bench(batch=4)
+    z_lq = one.latent()
+    assert np.abs(one.remove(z_lq) - four.remove(z_lq)).max() < 1e-4
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5, 8])
+def test_a_stopped_step_goes_on_at_the_tile_with_the_same_bytes(bench, stop) -> None:
+    b = bench(batch=2, overlap=32)
+    z_lq = b.latent()
+    whole = b.remove(z_lq)
+    calls = []
+
+    def give_up(*_) -> None:
+        calls.append(1)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+
+    folder = b.folder / "stopped.dreamsr"
+    handle = b.restorer.dit.register_forward_pre_hook(give_up)
+    with pytest.raises(KeyboardInterrupt), Journal(folder, {}, 0) as journal:
+        b.sampler(journal).remove(b.on_disk(z_lq, "z"))
+    handle.remove()
+    with Journal(folder, {}, 0) as journal, Calls(b.restorer.dit) as rest:
+        again = b.sampler(journal).remove(b.on_disk(z_lq, "z")).rows(0, b.shape[1]).copy()
+    assert np.array_equal(again, whole)
+    assert len(rest.inputs) == len(b.grid.batches(2)) - (stop - 1)
+
+
+def test_a_damaged_slot_is_computed_again(bench) -> None:
+    b = bench(batch=1)
+    z_lq = b.latent()
+    whole = b.remove(z_lq)
+    folder = b.folder / "damaged.dreamsr"
+    seen = []
+
+    def give_up(*_) -> None:
+        seen.append(1)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    handle = b.restorer.dit.register_forward_pre_hook(give_up)
+    with pytest.raises(KeyboardInterrupt), Journal(folder, {}, 0) as journal:
+        b.sampler(journal).remove(b.on_disk(z_lq, "z"))
+    handle.remove()
+    with (folder / "slots.f32").open("r+b") as file:
+        file.seek(100)
+        file.write(b"\xff\xff\xff\xff")
+    with Journal(folder, {}, 0) as journal:
+        sampler = b.sampler(journal)
+        sampler._slots.begin(REMOVE)
+        assert [sampler._slots.holds(i) for i in range(3)] == [False, True, False]
+        assert np.array_equal(sampler.remove(b.on_disk(z_lq, "z")).rows(0, b.shape[1]), whole)
 
 
 def test_renoise_draws_each_row_alone() -> None:
     z = np.zeros((3, 6, 5), np.float32)
     whole = renoise(z, 1.0, seed=9)
-    assert np.array_equal(whole[:, :2], renoise(z[:, :2], 1.0, seed=9))
+    assert np.array_equal(whole[:, 2:4], renoise(z[:, 2:4], 1.0, seed=9, first_row=2))
     assert not np.array_equal(whole, renoise(z, 1.0, seed=10))
     assert np.array_equal(renoise(whole, 0.0, seed=1), whole)
     big = renoise(np.zeros((8, 64, 64), np.float32), 1.0, seed=0)

@@ -22,7 +22,6 @@ from dreamsr_cli.config import (
     SamplingConfig,
     to_dict,
 )
-from dreamsr_cli.models.autoencoder import PatchAutoencoder
 from dreamsr_cli.models.context_attention import ContextAttention, wake_projections
 from dreamsr_cli.models.mm_controlnet import MMControlNet
 from dreamsr_cli.models.restoration_lora import RestorationLoRA

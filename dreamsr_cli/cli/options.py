@@ -35,12 +35,14 @@ _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
     "tile_batch": (1, 64),
     "quality": (1, 100),
+    "max_pixels": (1, 10**12),
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "captioner": ("describe", "none"),
     "color_fix": ("wavelet", "adain", "none"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
-    "format": ("auto", "png", "jpg", "webp", "tiff"),
+    "format": ("auto", "png", "jpg", "webp", "tiff", "avif"),
+    "bit_depth": ("auto", "8", "16"),
 }
 _DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
 _BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
@@ -126,6 +128,8 @@ def toml_table(path: Path, table: str) -> dict[str, Any]:
 
 def _from_toml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     table = toml_table(path, "upscale")
+    if type(table.get("bit_depth")) is int:
+        table["bit_depth"] = str(table["bit_depth"])
     for key in table:
         if key not in _KINDS:
             near = difflib.get_close_matches(key, _KINDS, n=1)

@@ -11,10 +11,18 @@ from pathlib import Path
 
 from dreamsr_cli.errors import DreamSRError, InputError, OutputError, UsageError
 
-EXTENSIONS = {"png": (".png",), "jpg": (".jpg", ".jpeg"), "webp": (".webp",), "tiff": (".tif", ".tiff")}
+EXTENSIONS = {
+    "png": (".png",),
+    "jpg": (".jpg", ".jpeg"),
+    "webp": (".webp",),
+    "tiff": (".tif", ".tiff"),
+    "avif": (".avif",),
+}
 """Extensions that results may have, by format; the first one is given to results that need a new one."""
 
 _WRITABLE = {extension: name for name, extensions in EXTENSIONS.items() for extension in extensions}
+
+_LONGEST_NAME = 255
 
 _OTHER_JPEG = {".jpe": ".jpg", ".jfif": ".jpg"}
 
@@ -64,9 +72,10 @@ def find_photos(inputs: list[str], out: Path | None, is_photo_name: Callable[[Pa
 
 def _expand(text: str, out: Path | None, is_photo_name: Callable[[Path], bool]) -> Iterator[Found]:
     path = Path(text)
-    if path.is_dir():
+    # pathlib raises for names that are too long
+    if os.path.isdir(text):
         yield from _walk(path, Path(), out, is_photo_name)
-    elif path.is_file():
+    elif os.path.isfile(text):
         yield Found(path)
     elif glob.has_magic(text) and not os.path.lexists(path):
         yield from _match(path, text, out, is_photo_name)
@@ -182,11 +191,11 @@ def out_is_file(out: str | None, found: list[Found], is_photo_name: Callable[[Pa
     if format_of(Path(out)) is None and not is_photo_name(Path(out)):
         if os.path.lexists(out):
             raise UsageError(
-                f"-o {out} is a file, not a folder", "name a folder, or end it in .png, .jpg, .webp or .tif"
+                f"-o {out} is a file, not a folder", "name a folder, or end it in .png, .jpg, .webp, .tif or .avif"
             )
         return False
     if format_of(Path(out)) is None:
-        raise UsageError(f"-o {out}: {Path(out).suffix} can't be written", "end it in .png, .jpg, .webp or .tif")
+        raise UsageError(f"-o {out}: {Path(out).suffix} can't be written", "end it in .png, .jpg, .webp, .tif or .avif")
     if len(found) != 1 or not found[0].typed:
         raise UsageError(f"-o {out} names one file, but the input may be several photos", "name a folder after -o")
     return True
@@ -232,11 +241,24 @@ def _refuse_clashes(jobs: list[Job]) -> None:
         owners[real] = job.source
 
 
+def refuse_depth(plan: list[Job | Found], bit_depth: str) -> None:
+    """Raise `UsageError` if `--bit-depth 16` meets a result whose format is written with 8 bits."""
+    for entry in plan:
+        if bit_depth == "16" and isinstance(entry, Job) and format_of(entry.target) not in ("png", "tiff"):
+            raise UsageError(
+                f"--bit-depth 16: {entry.target.name} is written with 8 bits per channel",
+                "add --format png or --format tiff, or leave out --bit-depth",
+            )
+
+
 def prepare_target(job: Job, overwrite: bool, skip_existing: bool) -> bool:
     """Make the result's folder; False if the result exists and is to be kept.
 
     Raises `OutputError` if it exists and neither flag was given, or its folder can't be made.
     """
+    if len(os.fsencode(job.target.name)) > _LONGEST_NAME:
+        reason = f"{job.target}: the name would be too long ({_LONGEST_NAME} bytes at most)"
+        raise OutputError(reason, "name the result with -o, or give a shorter --suffix")
     if job.target.is_dir():
         raise OutputError(f"{job.target} is a folder", "remove it, or choose another -o or --suffix")
     if os.path.lexists(job.target) and not overwrite:

@@ -24,7 +24,9 @@ from dreamsr_cli.cli.photos import (
     out_is_file,
     plan_jobs,
     prepare_target,
+    refuse_depth,
 )
+from dreamsr_cli.cli.plan import Planner, plan_table
 from dreamsr_cli.config import OutputConfig
 from dreamsr_cli.errors import (
     EXIT_DONE,
@@ -32,7 +34,6 @@ from dreamsr_cli.errors import (
     EXIT_INTERRUPTED,
     EXIT_SOME_FAILED,
     DreamSRError,
-    InputError,
     UsageError,
 )
 from dreamsr_cli.weights import BUILTIN, BUILTIN_FOLDER, lock_entry, verify
@@ -52,6 +53,8 @@ dreamsr upscale holiday/ -o restored/ --long-side 7680 --skip-existing
 dreamsr upscale 'scans/*.tif' -o out/ --strength 0  →  restored, no texture added
 
 dreamsr upscale a.jpg b.jpg -o out/ --json | jq .output
+
+dreamsr upscale scan.tif --dry-run  →  tiles, memory, disk and time, nothing written
 
 A setting can also be given in the environment (DREAMSR_TILE=512) or in table upscale of ./dreamsr.toml (tile = 512).
 
@@ -127,10 +130,31 @@ def command(
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option(help="auto (as the name or the input), png, jpg, webp or tiff.", rich_help_panel=_FILES),
+        typer.Option(help="auto (as the name or the input), png, jpg, webp, tiff or avif.", rich_help_panel=_FILES),
     ] = None,
     quality: Annotated[
-        int | None, typer.Option(help="JPEG and WebP quality, 1 to 100 (default 95).", rich_help_panel=_FILES)
+        int | None, typer.Option(help="JPEG, WebP and AVIF quality, 1 to 100 (default 95).", rich_help_panel=_FILES)
+    ] = None,
+    bit_depth: Annotated[
+        str | None,
+        typer.Option(
+            help="auto (16 for 16-bit photos as PNG or TIFF, else 8), 8 or 16 per channel.", rich_help_panel=_FILES
+        ),
+    ] = None,
+    strip_metadata: Annotated[
+        bool | None,
+        typer.Option(
+            "--strip-metadata/--keep-metadata",
+            help="Write no EXIF (GPS), XMP, DPI and record of how it was made; the colour profile stays.",
+            rich_help_panel=_FILES,
+        ),
+    ] = None,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(
+            help="Most pixels of a result, and of a photo that is opened (default 2.5 and 1 billion).",
+            rich_help_panel=_SIZE,
+        ),
     ] = None,
     suffix: Annotated[
         str | None,
@@ -144,6 +168,34 @@ def command(
         bool | None,
         typer.Option("--skip-existing/--no-skip-existing", help="Keep existing results.", rich_help_panel=_FILES),
     ] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Keep a journal beside the result, so that an interrupted run goes on [default: resume].",
+            rich_help_panel=_FILES,
+        ),
+    ] = None,
+    restart: Annotated[
+        bool | None,
+        typer.Option("--restart", help="Drop what an interrupted run left; begin anew.", rich_help_panel=_FILES),
+    ] = None,
+    backoff: Annotated[
+        bool | None,
+        typer.Option(
+            "--backoff/--no-backoff",
+            help="Out of GPU memory: go on with smaller batches, then offload [default: backoff].",
+            rich_help_panel=_TILES,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Say what it would take (tiles, memory, disk, time); write nothing.",
+            rich_help_panel=_FILES,
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object per photo on stdout.", rich_help_panel=_FILES)
     ] = False,
@@ -153,16 +205,19 @@ def command(
 ) -> int:
     """Restore and enlarge photos with the DreamSR method, on any machine, without a network."""
     given = dict(locals())
-    flags = {name: value for name, value in given.items() if name not in ("inputs", "as_json", "quiet")}
+    flags = {name: value for name, value in given.items() if name not in ("inputs", "dry_run", "as_json", "quiet")}
     options = upscale_options(flags, os.environ, Path.cwd())
-    return Upscaling(inputs, options, as_json, make_display(quiet)).run()
+    return Upscaling(inputs, options, as_json, make_display(quiet), dry_run).run()
 
 
 class Upscaling:
     """One run of the command: finds, plans, calls the engine photo by photo, tells and counts."""
 
-    def __init__(self, inputs: list[str], options: UpscaleOptions, as_json: bool, display: Display) -> None:
+    def __init__(
+        self, inputs: list[str], options: UpscaleOptions, as_json: bool, display: Display, dry_run: bool = False
+    ) -> None:
         self.inputs, self.options, self.as_json, self.display = inputs, options, as_json, display
+        self.dry_run = dry_run
         self.out = os.path.expanduser(options.run.out) if options.run.out else None
         self.done = self.failed = self.total = 0
 
@@ -171,7 +226,7 @@ class Upscaling:
         try:
             self._run()
         except KeyboardInterrupt:
-            print(f"interrupted: {self.done} of {self.total} photos done, no half-written file left", file=sys.stderr)
+            print(f"interrupted: {self.done} of {self.total} photos done; the same command goes on", file=sys.stderr)
             return EXIT_INTERRUPTED
         if not self.failed:
             return EXIT_DONE
@@ -193,11 +248,13 @@ class Upscaling:
         silence_libraries()
         from dreamsr_cli.engine import check_settings
 
-        bundle = open_verified_bundle(self.options.run)
+        bundle = open_verified_bundle(self.options.run, check=not self.dry_run)
         check_settings(self.options.config, bundle)
+        planner = Planner(bundle, self.options.config, output) if self.dry_run else None
         out = Path(self.out) if self.out else None
         naming = Naming(out, is_file, output.format, output.suffix, self._factor(bundle.config.scale))
         plan = plan_jobs(found, naming)
+        refuse_depth(plan, output.bit_depth)
         self.total = len(plan)
         for number, entry in enumerate(plan, start=1):
             stop_if_asked()
@@ -205,7 +262,7 @@ class Upscaling:
                 self._tell(entry, entry.problem)
                 continue
             with self.display.photo(f"[{number}/{self.total}] {entry.source.name}"):
-                outcome = self._upscale(entry, bundle, output)
+                outcome = self._plan(entry, planner) if planner else self._upscale(entry, bundle, output)
             self._tell(entry, outcome)
 
     def _output(self, is_file: bool) -> OutputConfig:
@@ -245,11 +302,20 @@ class Upscaling:
         except Exception as error:
             return explain(error, f"upscaling {job.source}")
 
+    def _plan(self, job: Job, planner: Planner) -> dict[str, Any] | DreamSRError:
+        try:
+            return planner.plan(job)
+        except UsageError:
+            raise  # it would be wrong for every photo
+        except Exception as error:
+            return explain(error, f"planning {job.source}")
+
     def _tell(self, entry: Job | Found, outcome: dict[str, Any] | DreamSRError | None) -> None:
         """Result on stdout, or error on stderr (and, with --json, on stdout as well); counts it."""
         if isinstance(outcome, dict):
             self.done += 1
-            print(json.dumps(outcome) if self.as_json else outcome["output"], flush=True)
+            text = plan_table(outcome) if self.dry_run else outcome["output"]
+            print(json.dumps(outcome) if self.as_json else text, flush=True)
         elif outcome is not None:
             self.failed += 1
             report(outcome)
@@ -259,22 +325,20 @@ class Upscaling:
 
 
 def header_size(photo: Path) -> tuple[int, int]:
-    """Width and height as stored, without decoding the pixels. Raises `InputError`."""
-    import pyvips
+    """Width and height, without decoding the pixels. Raises `InputError`."""
+    from dreamsr_cli.images import read_info
 
-    try:
-        header = pyvips.Image.new_from_file(str(photo), revalidate=True, access="sequential")
-    except pyvips.Error as error:
-        raise InputError(f"{photo}: not a photo that can be read", "check the file, or leave it out") from error
-    return header.width, header.height
+    info = read_info(photo)
+    return info.width, info.height
 
 
-def open_verified_bundle(run: RunConfig) -> Bundle:
-    """The bundle that `--model` and `--weights` name; the built-in one is checked against weights.lock first."""
+def open_verified_bundle(run: RunConfig, check: bool = True) -> Bundle:
+    """The bundle that `--model` and `--weights` name; the built-in one is checked against weights.lock first, unless
+    its weights are not to be read at all."""
     from dreamsr_cli.models.bundle import open_bundle
 
     model = run.model or BUILTIN
-    if model == BUILTIN:
+    if model == BUILTIN and check:
         verify(BUILTIN_FOLDER, lock_entry(BUILTIN))
     return open_bundle(model, run.weights)
 

@@ -19,6 +19,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from safetensors import SafetensorError
 
 from dreamsr_cli.config import BundleConfig, PartConfig, from_dict, to_dict
 from dreamsr_cli.errors import ConfigError, WeightsError
@@ -42,6 +43,14 @@ class Restorer:
     dit: ConditionedDiT
     controlnet: MMControlNet
     lora: RestorationLoRA | None
+
+    def offload(self, device: torch.device) -> None:
+        """Keep the weights in RAM and send them to `device` layer by layer, as they are needed."""
+        from diffusers.hooks import apply_group_offloading
+
+        for module in (self.dit, self.controlnet):
+            module.to("cpu")
+            apply_group_offloading(module, onload_device=device, offload_type="leaf_level")
 
 
 class Bundle:
@@ -102,14 +111,14 @@ class Bundle:
             return _load(ByteTextEncoder, folder, torch.float32).to(device)
         from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
+        clip = _load_text(CLIPTextModel, folder / "text_encoder", dtype)
+        t5 = _load_text(T5EncoderModel, folder / "text_encoder_2", dtype)
         try:
-            clip = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, use_safetensors=True)
-            t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=dtype, use_safetensors=True)
             tokenizers = [AutoTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2")]
             clip_tokenizer, t5_tokenizer = (cast(PreTrainedTokenizerBase, t) for t in tokenizers)
         except (OSError, ValueError, KeyError) as error:
             raise WeightsError(f"{folder}: not a CLIP + T5 text encoder: {error}", "fetch the bundle again") from error
-        return FluxTextEncoder(clip_tokenizer, clip.eval().to(device), t5_tokenizer, t5.eval().to(device))
+        return FluxTextEncoder(clip_tokenizer, clip.to(device), t5_tokenizer, t5.to(device))
 
     def open_restorer(self, device: torch.device, dtype: torch.dtype, mask_pads: bool) -> Restorer:
         """Transformer, ControlNet, cross-attention and LoRA in evaluation mode. `mask_pads`: see
@@ -256,4 +265,21 @@ def _load(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
     for kind in ("missing", "unexpected"):
         if info[f"{kind}_keys"]:
             raise WeightsError(f"{folder}: {kind} tensor {info[f'{kind}_keys'][0]}", "fetch or train the bundle again")
+    return model.eval()
+
+
+def _load_text(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, info = cls.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise WeightsError(f"{folder}: cannot be loaded: {error}", "fetch the bundle again") from error
+    # Left-over tensors are usual here (a checkpoint's other half); a missing one would be random.
+    if info["missing_keys"]:
+        raise WeightsError(f"{folder}: missing tensor {sorted(info['missing_keys'])[0]}", "fetch the bundle again")
     return model.eval()

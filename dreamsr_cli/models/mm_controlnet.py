@@ -104,7 +104,8 @@ class MMControlNet(ModelMixin, ConfigMixin):
             getattr(control, name).load_state_dict(getattr(transformer, name).state_dict())
         for block, source in zip(control.transformer_blocks, sources, strict=True):
             block.load_state_dict(transformer.transformer_blocks[source].state_dict())
-        return control.to(transformer.device, transformer.dtype)
+        # nn.Module's own: diffusers' `to` warns about float32 modules even where there are none.
+        return nn.Module.to(control, transformer.device, transformer.dtype)
 
     def forward(
         self, condition_BCHW: Tensor, t_B: Tensor, text: TextEmbedding, mask_pads: bool, guidance: float | None = None

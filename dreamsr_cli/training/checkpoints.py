@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -42,8 +43,10 @@ def start_run(folder: Path, settings: dict[str, Any], resume: bool) -> None:
 
 def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
     """Write `checkpoint-step/` with one safetensors file per entry of `tensors`, make it the latest, drop the one
-    before."""
+    before. Does nothing if it is the latest already: a step has one state."""
     target = folder / f"checkpoint-{step}"
+    if target.is_dir() and _latest(folder) == target:
+        return
     part = folder / f".checkpoint-{step}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
@@ -53,22 +56,26 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
     shutil.rmtree(target, ignore_errors=True)
     os.replace(part, target)
     _write_text(folder / LATEST, target.name + "\n")
-    for old in folder.glob("checkpoint-*"):
+    for old in [*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*.part")]:
         if old != target:
             shutil.rmtree(old, ignore_errors=True)
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
     """The latest checkpoint's tensors by file name and its state, or None where the run has none yet."""
-    pointer = folder / LATEST
-    if not pointer.is_file():
+    source = _latest(folder)
+    if source is None:
         return None
-    source = folder / pointer.read_text(encoding="utf-8").strip()
     try:
         state = json.loads((source / "state.json").read_text(encoding="utf-8"))
         return {p.stem: load_file(p) for p in source.glob("*.safetensors")}, state
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise TrainingError(f"{source}: not a readable checkpoint: {error}", "warm-start with --init-from") from error
+
+
+def _latest(folder: Path) -> Path | None:
+    pointer = folder / LATEST
+    return folder / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
@@ -91,7 +98,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensor
         entries.setdefault(name, {})[moment] = value
     for name, parameter in zip(names, order, strict=True):
         if name in entries:
-            optimizer.state[parameter] = entries[name]
+            optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in entries[name].items()}
 
 
 def append_log(folder: Path, line: dict[str, Any]) -> None:

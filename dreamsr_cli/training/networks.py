@@ -58,7 +58,8 @@ class Networks:
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move all networks; the autoencoder's transform stays in float32."""
         for module in (self.transformer, self.controlnet, self.context_attention, self.text_encoder):
-            module.to(device, dtype)
+            # nn.Module's own: diffusers' `to` warns about float32 modules even where there are none.
+            nn.Module.to(module, device, dtype)
         self.autoencoder.to(device)
         self.autoencoder.refiner.to(dtype)
 

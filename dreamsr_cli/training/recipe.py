@@ -92,6 +92,8 @@ class LossRecipe:
     """lambda_1 of eq. 7, on LPIPS."""
     texture_perceptual: float = 2.0
     """lambda of eq. 6, on LPIPS."""
+    t_floor: float = 0.0
+    """Below this t, eq. 5 weighs (t / t_floor)^2; for a transformer that predicts corrections."""
     pixel_kind: str = "charbonnier"
     """"mse" (the paper's) or "charbonnier"."""
 
@@ -196,10 +198,13 @@ def load_recipe(config: str, overrides: list[str] | None = None) -> Recipe:
         *parents, last = key.strip().split(".")
         for parent in parents:
             table = table.setdefault(parent, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"--set {text}: {parent!r} is not a table", "give the key that holds the whole value")
         table[last] = parsed
-    if isinstance(data.get("control", {}).get("map"), list):
+    control = data.get("control")
+    if isinstance(control, dict) and isinstance(control.get("map"), list):
         # TOML has no null: -1 stands for "this block receives nothing".
-        data["control"]["map"] = [None if feature == -1 else feature for feature in data["control"]["map"]]
+        control["map"] = [None if feature == -1 else feature for feature in control["map"]]
     recipe = from_dict(Recipe, data, str(path))
     _check(recipe, str(path))
     return recipe
@@ -211,6 +216,18 @@ def _check(recipe: Recipe, where: str) -> None:
         raise ConfigError(
             f"{where}: sizes.rope_axes sum to {sum(sizes.rope_axes)}, not head_dim", "correct one of them"
         )
+    control_map = recipe.control.map
+    features = {feature for feature in control_map if feature is not None}
+    if len(control_map) > sizes.double_blocks or features != set(range(len(features))):
+        raise ConfigError(
+            f"{where}: control.map {list(control_map)} doesn't fit {sizes.double_blocks} double blocks",
+            "give each block at most one of the features 0, 1, ...",
+        )
+    if recipe.data.hold_out < 1:
+        raise ConfigError(f"{where}: data.hold_out is {recipe.data.hold_out}", "hold out at least one photo")
+    for name in ("save_every", "validate_every", "log_every"):
+        if getattr(recipe, name) < 1:
+            raise ConfigError(f"{where}: {name} is {getattr(recipe, name)}", "use 1 or more steps")
     if abs(sum(c.share for c in recipe.data.crops) - 1) > 1e-6:
         raise ConfigError(f"{where}: shares of data.crops don't sum to 1", "correct them")
     for crop in recipe.data.crops:

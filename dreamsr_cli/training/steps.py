@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from dreamsr_cli import flow
+from dreamsr_cli.config import SamplingConfig
 from dreamsr_cli.draws import generator
 from dreamsr_cli.losses import pixel_loss, removal_loss, velocity_loss
+from dreamsr_cli.models.conditioned_dit import Injections
 from dreamsr_cli.models.perceptual import Perceptual
 from dreamsr_cli.models.text_encoder import TextEmbedding
 from dreamsr_cli.training.networks import Networks
@@ -31,13 +33,39 @@ def encode_texts(networks: Networks, texts: list[str]) -> TextEmbedding:
     return encoder(ids.to(device), mask.to(device))
 
 
-def remove(networks: Networks, z_lq: Tensor, local: TextEmbedding, glob: TextEmbedding, t_r: float) -> Tensor:
+def _control(networks: Networks, condition: Tensor, t_B: Tensor, local: TextEmbedding) -> Injections:
+    """Control features of whole crops, told t as `control.timestep` says."""
+    control = networks.config.control
+    seen = torch.zeros_like(t_B) if control.timestep == "clean" else t_B
+    return networks.dit.prepare(networks.controlnet(condition, seen, local, mask_pads=True), control.scale)
+
+
+def remove(
+    networks: Networks, z_lq: Tensor, local: TextEmbedding, glob: TextEmbedding, sampling: SamplingConfig
+) -> Tensor:
     """Stage 1 on whole crops: z_dr = z_lq - t_r * v, LoRA on."""
-    zeros, times = z_lq.new_zeros(len(z_lq)), z_lq.new_full((len(z_lq),), t_r)
-    features = networks.controlnet(z_lq, zeros, local, mask_pads=True)
+    t_r = sampling.t_r
+    times = z_lq.new_full((len(z_lq),), t_r)
+    ready = _control(networks, z_lq, times, local)
     with networks.lora.on():
-        v = networks.dit(z_lq, times, glob, networks.dit.prepare(features))
-    return z_lq - t_r * v
+        made = networks.dit(z_lq, times, glob, ready)
+    return z_lq - (t_r * made if sampling.prediction == "velocity" else made)
+
+
+def texture_velocity(
+    networks: Networks,
+    z_t: Tensor,
+    t_B: Tensor,
+    condition: Tensor,
+    local: TextEmbedding,
+    glob: TextEmbedding,
+    kind: str,
+) -> Tensor:
+    """Stage 2 on whole crops, LoRA off: the velocity at `t_B`, whatever the transformer predicts (`kind`)."""
+    made = networks.dit(z_t, t_B, glob, _control(networks, condition, t_B, local))
+    if kind == "velocity":
+        return made
+    return flow.velocity_of_correction(z_t, condition, made, t_B[:, None, None, None])
 
 
 def draw_texture(seed: int, step: int, shape: torch.Size, t_range: tuple[float, float]) -> tuple[Tensor, Tensor]:
@@ -72,7 +100,7 @@ def restoration_step(
         z_0, z_lq = autoencoder.encode(target), autoencoder.encode(lq_up * 2 - 1)
     local, glob = encode_texts(networks, texts[0]), encode_texts(networks, texts[1])
 
-    z_dr = remove(networks, z_lq, local, glob, recipe.sampling.t_r)
+    z_dr = remove(networks, z_lq, local, glob, recipe.sampling)
     loss, terms = removal_loss(
         z_dr,
         z_0,
@@ -87,9 +115,8 @@ def restoration_step(
     t, eps = t.to(z_0.device), eps.to(z_0.device)
     t_B111 = t[:, None, None, None]
     z_t = flow.mix(z_0, eps, t_B111)
-    features = networks.controlnet(z_dr.detach(), torch.zeros_like(t), local, mask_pads=True)
-    v = networks.dit(z_t, t, glob, networks.dit.prepare(features))
-    velocity = velocity_loss(v, z_0, eps)
+    v = texture_velocity(networks, z_t, t, z_dr.detach(), local, glob, recipe.sampling.prediction)
+    velocity = velocity_loss(v, z_0, eps, t, recipe.loss.t_floor)
     loss = loss + velocity
     terms["texture_velocity"] = float(velocity.detach())
     near = (t <= PIXEL_T).nonzero()[:, 0]

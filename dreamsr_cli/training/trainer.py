@@ -73,15 +73,15 @@ def train(job: TrainJob, progress: Progress) -> TrainResult:
         "data": str(job.data.resolve()),
         "start": None if job.start is None else job.start.sha256,
     }
+    perceptual = load_perceptual(recipe.loss.perceptual if stage.restore else "none", job.perceptual_weights)
+    if isinstance(perceptual, Lpips):
+        perceptual.to(job.device)
     checkpoints.start_run(job.out, settings, job.resume)
     source = PhotoSource(
         job.data, cache_folder() / "photos", recipe.data.hold_out, smallest=max(c.size for c in recipe.data.crops)
     )
     for skipped in source.skipped:
         progress.note(f"skipped {skipped.name}: {skipped.reason}")
-    perceptual = load_perceptual(recipe.loss.perceptual if stage.restore else "none", job.perceptual_weights)
-    if isinstance(perceptual, Lpips):
-        perceptual.to(job.device)
     networks = build(recipe, job.start)
     saved = checkpoints.load(job.out)
     if stage.fit_transform and saved is None:
@@ -102,7 +102,8 @@ def train(job: TrainJob, progress: Progress) -> TrainResult:
         data_sha256=source.data_sha256,
         dreamsr=__version__,
     )
-    export(networks, run.masters, job.out / "bundle", dataclasses.replace(networks.config, training=record))
+    config = dataclasses.replace(recipe.bundle_config(), control=networks.config.control, training=record)
+    export(networks, run.masters, job.out / "bundle", config)
     return TrainResult(job.out / "bundle", run.step, time.monotonic() - began, figures)
 
 
@@ -112,6 +113,7 @@ class _Run:
     def __init__(self, job: TrainJob, networks: Networks, source: PhotoSource, perceptual: Perceptual | None) -> None:
         self.job, self.networks, self.source, self.perceptual = job, networks, source, perceptual
         self.step = 0
+        self._between_steps = True
         optim = job.recipe.optim
         named = networks.named(job.stage.trains)
         for parameter in [*networks.dit.parameters(), *networks.controlnet.parameters()]:
@@ -169,7 +171,6 @@ class _Run:
             while self.step < last:
                 began = time.monotonic()
                 terms = self._one(next(crops))
-                self.step += 1
                 progress.advance()
                 if self.step % recipe.log_every == 0:
                     line = {k: round(v, 5) for k, v in terms.items()}
@@ -181,8 +182,10 @@ class _Run:
                     figures = self._validate(progress)
         finally:
             crops.close()
-            # Also on Ctrl-C: the step in progress is lost, none before it.
-            self.save()
+            # Also on Ctrl-C: the step in progress is lost, none before it. Weights that are half a step ahead are
+            # not saved: the checkpoint before them leads to the same result.
+            if self._between_steps:
+                self.save()
         return figures
 
     def _one(self, batch: Batch) -> dict[str, float]:
@@ -201,10 +204,14 @@ class _Run:
         if not torch.isfinite(torch.tensor([float(loss.detach()), norm])).all():
             raise TrainingError(
                 f"the loss is not finite at step {self.step}",
-                "resume with a lower --set optim.lr from the last checkpoint",
+                "write the last checkpoint's bundle with --resume --max-steps 0, then start a new run from it with "
+                "--init-from and a lower --set optim.lr",
             )
+        self._between_steps = False
         self.optimizer.step()
         self.masters.publish(self.step)
+        self.step += 1
+        self._between_steps = True
         return {"loss": float(loss.detach()), **terms, "norm": norm}
 
     def _validate(self, progress: Progress) -> dict[str, float]:

@@ -1,0 +1,76 @@
+"""What a job does when the device's memory is too small: a smaller batch, then control features computed again
+instead of kept, then offload. Never another tile: that would be another picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dreamsr_cli.errors import DeviceError
+from dreamsr_cli.progress import Progress
+
+
+@dataclass(frozen=True)
+class WorkPlan:
+    """How the work is laid out; kept in the journal, so that a resumed job goes on the same way."""
+
+    tile_batch: int
+    """Tiles per network call."""
+    control_bytes: int
+    """Control features kept between steps, at most."""
+    offload: bool = False
+    """Weights wait in RAM and go to the device layer by layer."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the journal."""
+        return dataclasses.asdict(self)
+
+
+def next_plan(plan: WorkPlan, device: torch.device) -> tuple[WorkPlan, str] | None:
+    """The next smaller plan and the one line that says so; None where nothing smaller is left."""
+    if plan.tile_batch > 1:
+        half = plan.tile_batch // 2
+        return dataclasses.replace(
+            plan, tile_batch=half
+        ), f"--tile-batch {plan.tile_batch} doesn't fit: going on with {half}"
+    if plan.control_bytes:
+        return dataclasses.replace(plan, control_bytes=0), "control features are computed again instead of kept"
+    if not plan.offload and device.type != "cpu":
+        return dataclasses.replace(plan, offload=True), "weights wait in RAM and go to the device layer by layer"
+    return None
+
+
+def settle(
+    plan: WorkPlan,
+    attempt: Callable[[WorkPlan], None],
+    device: torch.device,
+    tile: int,
+    allowed: bool,
+    progress: Progress,
+) -> WorkPlan:
+    """The first plan under which `attempt` (one full batch) fits the device's memory.
+
+    Raises `DeviceError` with the `--tile` to type where none does, or at once where backing off isn't `allowed`.
+    """
+    while True:
+        try:
+            attempt(plan)
+            return plan
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            smaller = next_plan(plan, device) if allowed else None
+            if smaller is None:
+                hint = "leave out --no-backoff" if not allowed else f"use --tile {smaller_tile(tile)}"
+                raise DeviceError(f"out of memory on {device} with tiles of {tile} px", hint) from error
+            plan, line = smaller
+            progress.note(f"out of memory on {device}: {line}")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def smaller_tile(tile: int) -> int:
+    """The tile to propose: half, a multiple of 16, at least 128."""
+    return max(128, tile // 2 // 16 * 16)

@@ -1,0 +1,137 @@
+"""`dreamsr upscale --dry-run`: what a run would take, photo by photo, with nothing loaded and nothing written."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from dreamsr_cli.cli.console import one_line
+from dreamsr_cli.cli.photos import Job
+from dreamsr_cli.config import OutputConfig, UpscaleConfig
+
+if TYPE_CHECKING:
+    from dreamsr_cli.models.bundle import Bundle
+
+_PHASES = {
+    "text": "text",
+    "encode": "encoding",
+    "trial": "trial",
+    "remove": "removal",
+    "texture": "texture",
+    "decode": "decoding",
+}
+
+
+class Planner:
+    """Plans photos for one bundle and one set of settings; the machine's speed is measured once."""
+
+    def __init__(self, bundle: Bundle, config: UpscaleConfig, output: OutputConfig) -> None:
+        """Raises `UsageError` for settings that make no sense with this bundle, `WeightsError` where its config files
+        can't be read, `DeviceError`."""
+        from dreamsr_cli.bundle_sizes import read_sizes
+        from dreamsr_cli.canvas import STRIP
+        from dreamsr_cli.device import choose_device, choose_dtype, dtype_name
+        from dreamsr_cli.engine import check_settings
+        from dreamsr_cli.machine import describe_machine
+        from dreamsr_cli.sampler import CONTROL_BYTES
+        from dreamsr_cli.workload import Limits
+
+        self._settings, self._output = check_settings(config, bundle), output
+        self._sizes = read_sizes(bundle.config, bundle.part_folder)
+        device = choose_device(config.device)
+        precision = dtype_name(choose_dtype(config.precision, device))
+        self._machine = describe_machine(device, precision)
+        self._limits = Limits(strip_rows=STRIP, control_bytes=CONTROL_BYTES)
+
+    def plan(self, job: Job) -> dict[str, Any]:
+        """The plan of one photo as JSON-able data. Raises `InputError` for what is no photo, or doesn't suit."""
+        from dreamsr_cli.images import read_info
+        from dreamsr_cli.planning import plan
+
+        made = plan(
+            job.source,
+            read_info(job.source),
+            job.target,
+            self._settings,
+            self._output,
+            self._sizes,
+            self._machine,
+            self._limits,
+        )
+        if os.path.lexists(job.target) and not self._output.overwrite:
+            kept = " and is kept" if self._output.skip_existing else ""
+            made = replace(made, stops_because=(*made.stops_because, f"{job.target} exists already{kept}"))
+        return made.to_json()
+
+
+def plan_table(plan: dict[str, Any]) -> str:
+    """A plan for people, a few lines."""
+    columns, rows, tiles = plan["columns"], plan["rows"], plan["tiles"]
+    calls, flops = plan["calls"], plan["flops"]
+    control = calls["remove_control"] + calls["texture_control"]
+    size = f"{plan['source_width']:,} x {plan['source_height']:,} to {plan['width']:,} x {plan['height']:,} pixels"
+    lines = {
+        "size": f"{size}, {plan['format']}, {plan['bit_depth']} bit",
+        "tiles": f"{tiles:,} ({rows} rows x {columns} columns) of {plan['tile'][0]} x {plan['tile'][1]} pixels, "
+        f"overlap {plan['overlap']}, in {plan['batches']:,} batches of {plan['tile_batch']}",
+        "calls": f"ControlNet {control:,}, transformer {calls['remove'] + calls['texture']:,}, "
+        f"prompts up to {calls['text']:,}, decoded strips {calls['decode']:,}",
+        "work": f"{_short(flops['total'])} operations ({_shares(flops)})",
+        "memory": _memory(plan),
+        "disk": f"{_bytes(plan['disk']['total'])} while in work, {_bytes(plan['free_disk'])} free",
+        "time": _time(plan),
+    }
+    head = one_line(f"{plan['input']} -> {plan['output']}")
+    told = [f"  {name:<7} {one_line(text)}" for name, text in lines.items()]
+    return "\n".join([head, *told, *(f"  STOPS   {one_line(reason)}" for reason in plan["stops_because"])])
+
+
+def _memory(plan: dict[str, Any]) -> str:
+    memory, machine = plan["memory"], plan["machine"]
+    text = f"about {_bytes(memory['host'])} of RAM"
+    if machine["memory"] is not None:
+        text += f", {_bytes(machine['memory'])} free"
+    if machine["device_memory"] is not None:
+        text += f"; about {_bytes(memory['device'])} on the card, {_bytes(machine['device_memory'])} free"
+    return text + {True: ": fits", False: ": does NOT fit", None: ""}[plan["fits_memory"]]
+
+
+def _time(plan: dict[str, Any]) -> str:
+    machine = plan["machine"]
+    where = f"{machine['name']}, {machine['precision']}"
+    if machine["device"] == "cpu":
+        where += f", {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    if plan["seconds"] is None:
+        return f"not estimated, the speed was not measured ({where})"
+    low, high = plan["seconds"]
+    runs = plan["earlier_runs"]
+    basis = f"from {runs} earlier run{'s' if runs > 1 else ''}" if runs else "a first guess"
+    return f"{_duration(low)} to {_duration(high)} ({basis}; {where})"
+
+
+def _shares(flops: dict[str, int]) -> str:
+    merged = {
+        label: flops[phase] + flops.get(f"{phase}_control", 0) for phase, label in _PHASES.items() if flops[phase]
+    }
+    shares = {label: 100 * count / flops["total"] for label, count in merged.items()}
+    return ", ".join(f"{label} {share:.0f} %" for label, share in shares.items() if share >= 0.5)
+
+
+def _short(count: float) -> str:
+    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f}"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:,.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:,.1f} days"

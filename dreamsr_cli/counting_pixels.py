@@ -1,0 +1,134 @@
+"""Operations, parameters and working memory of the autoencoders, counted from their config files alone.
+
+The rules are those of `counting`: a convolution counts 2 x kernel area x channels in x channels out for each value it
+writes. Rows and columns are output pixels, multiples of 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dreamsr_cli.counting import linear_parameters
+
+STRIDE = 8
+FOLD = 4
+"""Side of the pixel blocks that the built-in refiner works on."""
+FLUX_HALO = 64
+"""Pixels decoded around a strip with an autoencoder that has no bounded receptive field."""
+
+
+@dataclass(frozen=True)
+class AutoencoderSizes:
+    """One autoencoder, by its config.json."""
+
+    config: Mapping[str, Any]
+
+    @property
+    def exact(self) -> bool:
+        """The built-in `PatchAutoencoder`; False: `AutoencoderKL`."""
+        return "refiner_width" in self.config
+
+    @property
+    def halo(self) -> int:
+        """Pixels around a strip that are decoded with it."""
+        if not self.exact:
+            return FLUX_HALO
+        reach = FOLD * (2 + 2 * int(self.config["refiner_blocks"]))
+        return -(-reach // STRIDE) * STRIDE
+
+    @property
+    def channels(self) -> int:
+        """C, of the latent."""
+        return int(self.config["channels" if self.exact else "latent_channels"])
+
+    def encode_flops(self, rows: int, columns: int) -> int:
+        """Pixels to latent."""
+        if self.exact:
+            return rows * columns * 2 * 3 * self.channels
+        return sum(flops for flops, _ in _encoder(self.config, rows, columns))
+
+    def decode_flops(self, rows: int, columns: int) -> int:
+        """Latent to pixels."""
+        if not self.exact:
+            return sum(flops for flops, _ in _decoder(self.config, rows, columns))
+        folded = rows * columns // FOLD**2
+        return rows * columns * 2 * 3 * self.channels + folded * 2 * self._refiner_weights()
+
+    def parameters(self) -> int:
+        """All weights; norms are left out."""
+        if self.exact:
+            block = 3 * STRIDE**2
+            return block * (1 + self.channels) + self.channels + self._refiner_weights()
+        whole = [*_encoder(self.config, STRIDE, STRIDE), *_decoder(self.config, STRIDE, STRIDE)]
+        return sum(parameters for _, parameters in whole)
+
+    def working_bytes(self, rows: int, columns: int, itemsize: int) -> int:
+        """About what decoding that many pixels at once needs for activations of `itemsize` bytes."""
+        pixels = rows * columns
+        if self.exact:
+            return pixels // FOLD**2 * int(self.config["refiner_width"]) * itemsize * 4 + pixels * 3 * 4 * 3
+        wide = max(int(c) for c in self.config["block_out_channels"][:2])
+        return pixels * wide * itemsize * 4
+
+    def _refiner_weights(self) -> int:
+        width, blocks, folded = int(self.config["refiner_width"]), int(self.config["refiner_blocks"]), 3 * FOLD**2
+        return 9 * (2 * folded * width + 2 * blocks * width * width)
+
+
+# ---------------------------------------------------------------- AutoencoderKL: (operations, parameters) by layer
+
+
+def _convolution(n_in: int, n_out: int, pixels: int, side: int = 3) -> tuple[int, int]:
+    return 2 * side**2 * n_in * n_out * pixels, (side**2 * n_in + 1) * n_out
+
+
+def _residual(n_in: int, n_out: int, pixels: int) -> Iterator[tuple[int, int]]:
+    yield _convolution(n_in, n_out, pixels)
+    yield _convolution(n_out, n_out, pixels)
+    if n_in != n_out:
+        yield _convolution(n_in, n_out, pixels, side=1)
+
+
+def _middle(config: Mapping[str, Any], width: int, pixels: int) -> Iterator[tuple[int, int]]:
+    yield from _residual(width, width, pixels)
+    yield from _residual(width, width, pixels)
+    if config.get("mid_block_add_attention", True):
+        yield 4 * 2 * width**2 * pixels + 4 * pixels**2 * width, 4 * linear_parameters(width, width)
+
+
+def _encoder(config: Mapping[str, Any], rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    widths = [int(c) for c in config["block_out_channels"]]
+    pixels, channels = rows * columns, int(config["latent_channels"])
+    yield _convolution(3, widths[0], pixels)
+    before = widths[0]
+    for number, width in enumerate(widths):
+        for layer in range(int(config["layers_per_block"])):
+            yield from _residual(width if layer else before, width, pixels)
+        before = width
+        if number < len(widths) - 1:
+            pixels //= 4
+            yield _convolution(width, width, pixels)
+    yield from _middle(config, before, pixels)
+    yield _convolution(before, 2 * channels, pixels)
+    if config.get("use_quant_conv", True):
+        yield _convolution(2 * channels, 2 * channels, pixels, side=1)
+
+
+def _decoder(config: Mapping[str, Any], rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    widths = [int(c) for c in reversed(config["block_out_channels"])]
+    pixels, channels = rows * columns // 4 ** (len(widths) - 1), int(config["latent_channels"])
+    if config.get("use_post_quant_conv", True):
+        yield _convolution(channels, channels, pixels, side=1)
+    yield _convolution(channels, widths[0], pixels)
+    yield from _middle(config, widths[0], pixels)
+    before = widths[0]
+    for number, width in enumerate(widths):
+        for layer in range(int(config["layers_per_block"]) + 1):
+            yield from _residual(width if layer else before, width, pixels)
+        before = width
+        if number < len(widths) - 1:
+            pixels *= 4
+            yield _convolution(width, width, pixels)
+    yield _convolution(before, 3, pixels)

@@ -1,0 +1,355 @@
+"""A job's folder beside its output, `OUT.ext.dreamsr/`: what is finished survives a kill at any instant.
+
+Canvases are flat float32 files (H, W, C) read and written with pread and pwrite, never mapped: mapped pages count as
+resident memory. A canvas is written from the top; `progress.bin` says how many rows of it are there; a finished one
+is renamed. Tiles' velocities lie in slots until the rows they touch are blended. Axes: C channels, H W latent rows
+and columns.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import struct
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from dreamsr_cli.errors import JournalError, OutputError
+
+JOB_FILE, LOCK_FILE, PROGRESS_FILE = "job.json", "lock", "progress.bin"
+PROMPTS_FILE, PLAN_FILE, PIXELS_FILE = "prompts.json", "plan.json", "pixels.raw"
+SYNC_SECONDS = 30.0
+"""A power cut costs at most this much work; a kill costs none (the page cache survives it)."""
+_PROGRESS = struct.Struct("<qqI")
+_MARK = struct.Struct("<qqI")
+
+
+def journal_folder(out_path: Path) -> Path:
+    """Where the journal of `out_path` lies; a name too long for the file system is shortened by its hash."""
+    name = f"{out_path.name}.dreamsr"
+    if len(os.fsencode(name)) > 255:
+        digest = hashlib.sha256(os.fsencode(out_path.name)).hexdigest()[:12]
+        name = os.fsdecode(os.fsencode(out_path.name)[:200]).encode("utf-8", "ignore").decode() + f".{digest}.dreamsr"
+    return out_path.with_name(name)
+
+
+class RowFile:
+    """A canvas on disk: float32 (H, W, C) in row-major order."""
+
+    def __init__(self, path: Path, rows: int, width: int, channels: int, create: bool = False) -> None:
+        self.path, self.shape = path, (channels, rows, width)
+        self._pixel = 4 * channels
+        self._row = self._pixel * width
+        self._fd = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o644)
+
+    def rows(self, top: int, bottom: int) -> np.ndarray:
+        """Rows [top, bottom), float32 (C, bottom - top, W)."""
+        channels, _, width = self.shape
+        return self._read(top * self._row, (bottom - top, width, channels)).transpose(2, 0, 1)
+
+    def crop(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """A rectangle, float32 (C, height, width)."""
+        out_HWC = np.empty((height, width, self.shape[0]), np.float32)
+        for row in range(height):
+            _read_into(self._fd, out_HWC[row], (top + row) * self._row + left * self._pixel)
+        return out_HWC.transpose(2, 0, 1)
+
+    def write_rows(self, top: int, values_CHW: np.ndarray) -> None:
+        """Put rows from `top` on; (C, rows, W)."""
+        _write(self._fd, np.ascontiguousarray(values_CHW.transpose(1, 2, 0), np.float32), top * self._row, self.path)
+
+    def sync(self) -> None:
+        """Flush to the disk."""
+        os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        """Close the file; it stays on disk."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _read(self, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+        out = np.empty(shape, np.float32)
+        _read_into(self._fd, out, offset)
+        return out
+
+
+class Slots:
+    """Velocities of the tiles whose rows are not blended yet; slot of a tile = its index modulo their number.
+
+    A slot is written first, then its mark (step, tile, crc32): a slot whose mark doesn't fit is computed again.
+    """
+
+    def __init__(self, folder: Path, count: int, shape_CHW: tuple[int, int, int]) -> None:
+        self.count, self._shape = count, shape_CHW
+        self._bytes = 4 * int(np.prod(shape_CHW))
+        self._data, self._marks = (folder / name for name in ("slots.f32", "marks.bin"))
+        self._data_fd = os.open(self._data, os.O_RDWR | os.O_CREAT, 0o644)
+        self._marks_fd = os.open(self._marks, os.O_RDWR | os.O_CREAT, 0o644)
+        self._step = 0
+
+    def begin(self, step: int) -> None:
+        """Slots now belong to `step`; those of other steps count as empty."""
+        self._step = step
+
+    def put(self, tile: int, v_CHW: np.ndarray) -> None:
+        """Keep the velocity of a tile. Writing twice is harmless."""
+        slot, data = tile % self.count, np.ascontiguousarray(v_CHW, np.float32)
+        _write(self._data_fd, data, slot * self._bytes, self._data)
+        mark = _MARK.pack(self._step, tile, zlib.crc32(data.data.cast("B")))
+        _write(self._marks_fd, np.frombuffer(mark, np.uint8), slot * _MARK.size, self._marks)
+
+    def holds(self, tile: int) -> bool:
+        """Whether this step's velocity of the tile is there, whole."""
+        slot = tile % self.count
+        mark = os.pread(self._marks_fd, _MARK.size, slot * _MARK.size)
+        if len(mark) < _MARK.size:
+            return False
+        step, index, crc = _MARK.unpack(mark)
+        if (step, index) != (self._step, tile):
+            return False
+        data = os.pread(self._data_fd, self._bytes, slot * self._bytes)
+        return len(data) == self._bytes and zlib.crc32(data) == crc
+
+    def __getitem__(self, tile: int) -> np.ndarray:
+        out = np.empty(self._shape, np.float32)
+        _read_into(self._data_fd, out, tile % self.count * self._bytes)
+        return out
+
+    def close(self) -> None:
+        """Close both files."""
+        for fd in (self._data_fd, self._marks_fd):
+            os.close(fd)
+
+
+class Piece:
+    """One canvas of the job, written from the top and committed by a rename; goes on where it stopped."""
+
+    def __init__(self, journal: Journal, name: str, step: int, shape_CHW: tuple[int, int, int]) -> None:
+        self._journal, self._name, self.step = journal, name, step
+        channels, self.rows, width = shape_CHW
+        self._final = journal.folder / f"{name}.f32"
+        self._part = journal.folder / f"{name}.f32.part"
+        self.done = self._final.exists()
+        self.file = RowFile(self._final if self.done else self._part, self.rows, width, channels, create=not self.done)
+        self.rows_done = self.rows if self.done else journal.progress(step)
+
+    def append(self, values_CHW: np.ndarray) -> None:
+        """The next rows; they count as soon as they are written."""
+        self.file.write_rows(self.rows_done, values_CHW)
+        self.rows_done += values_CHW.shape[1]
+        self._journal.set_progress(self.step, self.rows_done)
+        self._journal.sync_sometimes(self.file)
+
+    def finish(self) -> RowFile:
+        """Commit the canvas; returns its file."""
+        if not self.done:
+            if self.rows_done != self.rows:
+                raise ValueError(f"{self._name}: {self.rows_done} of {self.rows} rows")
+            self.file.sync()
+            os.replace(self._part, self._final)
+            self.done = True
+        return self.file
+
+    def drop(self) -> None:
+        """The canvas is not needed any more."""
+        self.file.close()
+        self._final.unlink(missing_ok=True)
+
+
+class Journal:
+    """The folder of one job, locked against a second process; removed on success, kept on failure once it holds
+    work."""
+
+    def __init__(
+        self, folder: Path, fingerprint: dict[str, Any], needed_bytes: int, *, restart: bool = False, keep: bool = True
+    ) -> None:
+        """Open or create the journal. `fingerprint` holds, one by one, what decides the result's bytes.
+
+        `restart` drops what another run left; `keep` False makes a journal of this process alone, which no later run
+        finds. Raises `JournalError` if another process holds it or it belongs to another job, `OutputError` if the
+        disk has no room.
+        """
+        self.folder = folder if keep else folder.with_name(f".{os.getpid()}{folder.suffix}")
+        self._keep, self._worked, self._last_sync = keep, False, time.monotonic()
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)
+            self._lock = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise _failure(self.folder, error) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise JournalError(
+                f"another process is working on {self.folder.name.removesuffix('.dreamsr')}", "wait for it to end"
+            ) from error
+        try:
+            self._claim(json.loads(json.dumps(fingerprint)), restart, needed_bytes)
+            self._progress_fd = os.open(self.folder / PROGRESS_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            os.close(self._lock)
+            raise _failure(self.folder, error) from error
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self._files: list[Any] = []
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for file in self._files:
+            file.close()
+        os.close(self._progress_fd)
+        if kind is None or not self._keep or not self._worked:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise _failure(self.folder, error) from error
+
+    @property
+    def resumed(self) -> bool:
+        """Whether an earlier run left work here."""
+        return self._resumed
+
+    def text(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The photo's prompts: those of the earlier run, or made now and kept."""
+        return self._once(PROMPTS_FILE, make)
+
+    def work_plan(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The plan in force (batch, control features, offload): that of the earlier run, or made now and kept."""
+        return self._once(PLAN_FILE, make)
+
+    def _once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path = self.folder / name
+        if not path.exists():
+            self._write_text(path, make())
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def piece(self, name: str, step: int, shape_CHW: tuple[int, int, int]) -> Piece:
+        """The canvas called `name`, (C, H, W); `step` is its number in `progress.bin`, unique within the job."""
+        piece = Piece(self, name, step, shape_CHW)
+        self._files.append(piece.file)
+        return piece
+
+    def slots(self, count: int, shape_CHW: tuple[int, int, int]) -> Slots:
+        """The job's slots; asked for once."""
+        slots = Slots(self.folder, count, shape_CHW)
+        self._files.append(slots)
+        return slots
+
+    def has(self, name: str) -> bool:
+        """Whether the canvas called `name` is committed."""
+        return (self.folder / f"{name}.f32").exists()
+
+    @property
+    def pixels(self) -> Path:
+        """The decoded, colour-fixed result, raw."""
+        return self.folder / PIXELS_FILE
+
+    def progress(self, step: int) -> int:
+        """Rows of piece `step` that are written; 0 where another piece was in work last."""
+        record = os.pread(self._progress_fd, _PROGRESS.size, 0)
+        if len(record) < _PROGRESS.size:
+            return 0
+        found, rows, crc = _PROGRESS.unpack(record)
+        whole = zlib.crc32(record[:16]) == crc
+        return rows if whole and found == step else 0
+
+    def set_progress(self, step: int, rows: int) -> None:
+        """`rows` rows of piece `step` are written."""
+        body = struct.pack("<qq", step, rows)
+        record = np.frombuffer(body + struct.pack("<I", zlib.crc32(body)), np.uint8)
+        _write(self._progress_fd, record, 0, self.folder / PROGRESS_FILE)
+        self._worked = True
+
+    def worked(self) -> None:
+        """Something worth keeping is in the journal."""
+        self._worked = True
+
+    def sync_sometimes(self, file: RowFile) -> None:
+        """Flush, at most every `SYNC_SECONDS`."""
+        if time.monotonic() - self._last_sync > SYNC_SECONDS:
+            file.sync()
+            os.fdatasync(self._progress_fd)
+            self._last_sync = time.monotonic()
+
+    def _claim(self, fingerprint: dict[str, Any], restart: bool, needed_bytes: int) -> None:
+        path = self.folder / JOB_FILE
+        if restart:
+            self._empty()
+        self._resumed = path.exists()
+        if self._resumed:
+            try:
+                before = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+            except (ValueError, KeyError):
+                before = {}
+            changed = sorted(k for k in {*before, *fingerprint} if before.get(k) != fingerprint.get(k))
+            if changed:
+                told = "; ".join(f"{k} was {before.get(k)!r}, is {fingerprint.get(k)!r}" for k in changed[:3])
+                more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+                raise JournalError(
+                    f"{self.folder} belongs to an unfinished run with other settings: {told}{more}",
+                    "give the same settings to finish it, or add --restart to drop it and begin anew",
+                )
+            self._worked = True
+            return
+        held = sum(p.stat().st_size for p in self.folder.iterdir())
+        free = shutil.disk_usage(self.folder).free + held
+        if free < needed_bytes:
+            raise OutputError(
+                f"{self.folder.parent} has {free / 2**30:.1f} GiB free, the work needs {needed_bytes / 2**30:.1f} GiB",
+                "free some space, or write the result to another disk with -o",
+            )
+        self._empty()
+        self._write_text(path, {"format": 1, "fingerprint": fingerprint})
+
+    def _empty(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name != LOCK_FILE:
+                path.unlink()
+
+    def _write_text(self, path: Path, data: dict[str, Any]) -> None:
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(part, path)
+
+
+def _read_into(fd: int, out: np.ndarray, offset: int) -> None:
+    view = memoryview(out.data).cast("B")
+    done = 0
+    while done < len(view):
+        got = os.preadv(fd, [view[done:]], offset + done)
+        if got == 0:
+            raise OSError(errno.EIO, "the journal is shorter than it should be")
+        done += got
+
+
+def _write(fd: int, values: np.ndarray, offset: int, path: Path) -> None:
+    view = memoryview(values.data).cast("B")
+    done = 0
+    try:
+        while done < len(view):
+            done += os.pwrite(fd, view[done:], offset + done)
+    except OSError as error:
+        raise _failure(path, error) from error
+
+
+def _failure(path: Path, error: OSError) -> OutputError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"{path}: the disk is full", "free some space and run the same command again: it goes on")
+    return OutputError(f"{path}: {error.strerror or error}", "check the folder and its permissions")

@@ -1,0 +1,152 @@
+"""Counted operations and parameters against torch's own counter on real networks, and against FLUX's known figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dreamsr_cli import counting
+from dreamsr_cli.bundle_sizes import BundleSizes, read_sizes
+from dreamsr_cli.counting import BlockSizes, ContextSizes
+from dreamsr_cli.errors import WeightsError
+from dreamsr_cli.models.bundle import Bundle, Restorer, open_bundle
+from dreamsr_cli.models.text_encoder import TextEmbedding
+
+CPU = torch.device("cpu")
+FLUX = {
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+}
+FLUX_CONTROL = {key: value for key, value in FLUX.items() if key != "num_single_layers"} | {"num_layers": 9}
+BATCH, HEIGHT, WIDTH, GLOBAL, LOCAL = 2, 12, 8, 5, 7
+
+
+@pytest.fixture(params=["tiny_bundle", "tiny_flux_bundle"])
+def bundle(request) -> Bundle:
+    return open_bundle(str(request.getfixturevalue(request.param)))
+
+
+@pytest.fixture
+def sizes(bundle) -> BundleSizes:
+    return read_sizes(bundle.config, bundle.part_folder)
+
+
+@pytest.fixture
+def restorer(bundle) -> Restorer:
+    return bundle.open_restorer(CPU, torch.float32, mask_pads=False)
+
+
+def counted(work: Callable[[], object]) -> int:
+    """What torch counts; attention as plain products, which its counter sees on a CPU too."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def text(sizes: BundleSizes, batch: int, tokens: int) -> TextEmbedding:
+    transformer = sizes.transformer
+    return TextEmbedding(
+        torch.randn(batch, tokens, transformer.text_width), torch.randn(batch, transformer.pooled_width), None
+    )
+
+
+def parameters(*modules: torch.nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+@pytest.mark.parametrize(("image", "words", "step", "control"), [(1024, 128, 15.8, 2.7), (4096, 512, 74.4, 12.5)])
+def test_flux_takes_what_is_known(image, words, step, control):
+    transformer, controlnet = BlockSizes.from_config(FLUX), BlockSizes.from_config(FLUX_CONTROL)
+    assert counting.transformer_flops(transformer, 1, image, words) / 1e12 == pytest.approx(step, abs=0.05)
+    assert counting.transformer_flops(controlnet, 1, image, words) / 1e12 == pytest.approx(control, abs=0.05)
+
+
+def test_flux_has_the_parameters_that_are_known():
+    transformer, controlnet = BlockSizes.from_config(FLUX), BlockSizes.from_config(FLUX_CONTROL)
+    base = counting.transformer_parameters(transformer)
+    assert base == 11_901_408_320
+    assert counting.transformer_parameters(transformer, 256) - base == pytest.approx(1046e6, rel=1e-3)
+    assert counting.transformer_parameters(controlnet) == pytest.approx(3.19e9, rel=1e-3)
+    context = ContextSizes(injections=9, width=3072, head_dim=128, mlp=False)
+    assert counting.context_parameters(context) == pytest.approx(0.34e9, rel=1e-3)
+
+
+def test_both_networks_take_what_torch_counts(sizes, restorer):
+    z = torch.randn(BATCH, sizes.autoencoder.channels, HEIGHT, WIDTH)
+    tokens = HEIGHT * WIDTH // 4
+    glob, local = text(sizes, 1, GLOBAL), text(sizes, BATCH, LOCAL)
+    guidance = 3.5 if sizes.transformer.guidance else None
+    time = torch.full((1,), 0.5)
+
+    def control():
+        features = restorer.controlnet(z, time.expand(BATCH), local, False, guidance)
+        return restorer.dit.prepare(features)
+
+    def transform():
+        return restorer.dit(z, time, glob, injections, guidance)
+
+    with torch.no_grad():
+        injections = control()
+    assert sizes.feature_values(BATCH, tokens, LOCAL) * 4 == injections.size
+    assert sizes.control_flops(BATCH, tokens, LOCAL) == pytest.approx(counted(control), rel=0.03)
+    assert sizes.transformer_flops(BATCH, tokens, GLOBAL, LOCAL) == pytest.approx(counted(transform), rel=0.03)
+    assert restorer.lora is not None
+    with restorer.lora.on():
+        seen = counted(transform)
+    assert sizes.transformer_flops(BATCH, tokens, GLOBAL, LOCAL, lora=True) == pytest.approx(seen, rel=0.03)
+    assert seen > 1.1 * sizes.transformer_flops(BATCH, tokens, GLOBAL, LOCAL)
+
+
+def test_parameters_of_the_restorer_are_exact(sizes, restorer):
+    assert sizes.restorer_parameters() == parameters(restorer.dit, restorer.controlnet)
+
+
+@pytest.mark.parametrize("rows", [32, 64])
+def test_autoencoders_take_what_torch_counts(bundle, sizes, rows):
+    autoencoder = bundle.open_autoencoder(CPU, torch.float32)
+    rgb, z = torch.zeros(1, 3, rows, 48), torch.zeros(1, autoencoder.channels, rows // 8, 6)
+    coder = sizes.autoencoder
+    assert (coder.exact, coder.halo, coder.channels) == (autoencoder.exact, autoencoder.halo, autoencoder.channels)
+    assert coder.encode_flops(rows, 48) == pytest.approx(counted(lambda: autoencoder.encode(rgb)), rel=0.03)
+    assert coder.decode_flops(rows, 48) == pytest.approx(counted(lambda: autoencoder.decode(z)), rel=0.03)
+    network = getattr(autoencoder, "vae", autoencoder)
+    assert coder.parameters() == pytest.approx(parameters(network), rel=0.1)  # norms and biases weigh more when tiny
+
+
+def test_text_encoders_take_what_torch_counts(bundle, sizes):
+    encoder = bundle.open_text_encoder(CPU, torch.float32)
+    words = "a cat on a mat"
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the fused layer is one operation that torch doesn't count
+    try:
+        seen = counted(lambda: encoder.encode([words, words], 16))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    tokens = sizes.text.tokens(len(words), 16)
+    assert tokens == encoder.encode([words], 16)[0][0].tokens_BTD.shape[1]
+    assert sizes.text.flops(tokens) == pytest.approx(seen, rel=0.03)
+
+
+def test_a_config_of_another_kind_is_told(bundle, tmp_path):
+    def elsewhere(name: str) -> Path:
+        return tmp_path if name == "controlnet" else bundle.part_folder(name)
+
+    with pytest.raises(WeightsError, match="can't be read"):
+        read_sizes(bundle.config, elsewhere)
+    (tmp_path / "config.json").write_text('{"layers": 3}')
+    with pytest.raises(WeightsError, match="doesn't fit"):
+        read_sizes(bundle.config, elsewhere)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(WeightsError, match="not a table"):
+        read_sizes(bundle.config, elsewhere)

@@ -1,0 +1,275 @@
+"""Inside a training run: gradients, float32 masters, schedules, validation and checkpoints on disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import RECIPE, networks, pictures
+
+from dreamsr_cli import flow
+from dreamsr_cli.config import SamplingConfig
+from dreamsr_cli.errors import TrainingError
+from dreamsr_cli.training import checkpoints
+from dreamsr_cli.training.networks import MODULES, Masters, Networks, build
+from dreamsr_cli.training.recipe import CropPlan
+from dreamsr_cli.training.stages import STAGES
+from dreamsr_cli.training.steps import (
+    draw_texture,
+    encode_texts,
+    reconstruction_step,
+    remove,
+    restoration_step,
+    texture_velocity,
+)
+from dreamsr_cli.training.trainer import blank_some, learning_rate, plan_of_step
+
+TEXTS = (["bark of an old oak", "red bricks"], ["a forest in autumn", "a house with red walls"])
+
+
+def batch(side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Good and bad crops in [0, 1]."""
+    hq = (pictures(2, side, side, seed=5) + 1) / 2
+    return hq, torch.nn.functional.avg_pool2d(hq, 5, 1, 2)
+
+
+def unfreeze(made: Networks, trains: tuple[str, ...]) -> dict[str, torch.nn.Parameter]:
+    named = made.named(trains)
+    for parameter in named.values():
+        parameter.requires_grad_(True)
+    return named
+
+
+def without_gradient(named: dict[str, torch.nn.Parameter]) -> list[str]:
+    return [name for name, p in named.items() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
+
+
+def test_gradients_reach_every_trained_parameter(tiny_networks) -> None:
+    named = unfreeze(tiny_networks, STAGES["backbone"].trains)
+    hq, lq_up = batch()
+    loss, terms = restoration_step(tiny_networks, RECIPE, None, 0, hq, lq_up, TEXTS)
+    loss.backward()
+    assert without_gradient(named) == []
+    assert {"removal_latent", "removal_pixel", "texture_velocity"} <= terms.keys()
+    assert not tiny_networks.lora.active
+    frozen = [p for n, p in tiny_networks.autoencoder.named_parameters() if not n.startswith("refiner.")]
+    assert len(frozen) == 3 and all(p.grad is None for p in frozen)
+
+
+def test_the_removal_loss_alone_teaches_the_lora(tiny_networks) -> None:
+    """Its part is the only one that runs with the LoRA on, and the texture part sees its result without gradient."""
+    named = unfreeze(tiny_networks, ("lora",))
+    hq, lq_up = batch()
+    z_lq = tiny_networks.autoencoder.encode(lq_up * 2 - 1)
+    local, glob = (encode_texts(tiny_networks, t) for t in TEXTS)
+    remove(tiny_networks, z_lq, local, glob, SamplingConfig()).square().mean().backward()
+    assert named and without_gradient(named) == []
+    for p in named.values():
+        p.grad = None
+    made = tiny_networks
+    local, glob = (encode_texts(made, t) for t in TEXTS)
+    made.dit(
+        z_lq, torch.ones(2), glob, made.dit.prepare(made.controlnet(z_lq, torch.zeros(2), local, True))
+    ).sum().backward()
+    assert len(without_gradient(named)) == len(named)
+
+
+def test_the_texture_part_is_conditioned_on_the_removals_result_without_its_gradient(tiny_networks) -> None:
+    made, conditions, texts = tiny_networks, [], []
+    unfreeze(made, STAGES["backbone"].trains)
+    made.controlnet.register_forward_pre_hook(lambda _, args: conditions.append(args[0]))
+    made.dit.register_forward_pre_hook(lambda _, args: texts.append(args[2]))
+    hq, lq_up = batch()
+    restoration_step(made, RECIPE, None, 0, hq, lq_up, TEXTS)
+    local, glob = (encode_texts(made, t) for t in TEXTS)
+    z_lq = made.autoencoder.encode(lq_up * 2 - 1)
+    assert torch.equal(conditions[0], z_lq) and not conditions[1].requires_grad
+    assert torch.equal(conditions[1], remove(made, z_lq, local, glob, SamplingConfig()))
+    assert all(torch.equal(seen.tokens_BTD, glob.tokens_BTD) for seen in texts[:2])
+
+
+@pytest.mark.parametrize("t_r", [0.0, 0.5, 1.0])
+def test_removal_is_one_step_of_length_t_r_from_there(tiny_networks, t_r) -> None:
+    made = tiny_networks
+    z_lq = made.autoencoder.encode(batch()[1] * 2 - 1)
+    local, glob = (encode_texts(made, t) for t in TEXTS)
+    with torch.no_grad():
+        ready = made.dit.prepare(made.controlnet(z_lq, torch.zeros(2), local, mask_pads=True))
+        with made.lora.on():
+            v = made.dit(z_lq, torch.full((2,), t_r), glob, ready)
+        z_dr = remove(made, z_lq, local, glob, SamplingConfig(t_r=t_r))
+    assert torch.equal(z_dr, z_lq - t_r * v) and v.abs().max() > 1e-2
+
+
+def test_a_correction_of_nothing_gives_the_condition_back(tiny_networks) -> None:
+    """The built-in model's parametrisation: with an output of zero, both stages return what they were conditioned
+    on."""
+    made = tiny_networks
+    for parameter in made.transformer.proj_out.parameters():
+        torch.nn.init.zeros_(parameter)
+    z_lq = made.autoencoder.encode(batch()[1] * 2 - 1)
+    local, glob = (encode_texts(made, t) for t in TEXTS)
+    t, eps = draw_texture(0, 0, z_lq.shape, (0.1, 0.9))
+    t_B111 = t[:, None, None, None]
+    with torch.no_grad():
+        assert torch.equal(remove(made, z_lq, local, glob, SamplingConfig(prediction="correction")), z_lq)
+        z_t = flow.mix(z_lq, eps, t_B111)
+        v = texture_velocity(made, z_t, t, z_lq, local, glob, "correction")
+    assert (flow.predict_clean(z_t, v, t_B111) - z_lq).abs().max() < 1e-5
+    assert (v - flow.velocity_target(z_lq, eps)).abs().max() < 1e-4
+
+
+def test_stage_autoencoder_trains_the_refiner(tiny_networks) -> None:
+    named = unfreeze(tiny_networks, STAGES["autoencoder"].trains)
+    assert named and all(name.startswith("refiner.") for name in named)
+    optimizer = torch.optim.Adam(named.values(), lr=3e-3)
+    psnr = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss, terms = reconstruction_step(tiny_networks, batch(64)[0])
+        loss.backward()
+        psnr.append(terms["psnr"])
+        assert without_gradient(named) == []
+        optimizer.step()
+    assert psnr[-1] > psnr[0]
+
+
+def test_parts_share_no_parameter_and_leave_none_out(tiny_networks) -> None:
+    everything = tiny_networks.named((*MODULES, "lora"))
+    by_id = {id(p) for p in everything.values()}
+    assert len(by_id) == len(everything)
+    modules = [
+        tiny_networks.dit,
+        tiny_networks.controlnet,
+        tiny_networks.text_encoder,
+        tiny_networks.autoencoder.refiner,
+    ]
+    assert by_id == {id(p) for module in modules for p in module.parameters()}
+    assert all("lora_" in name for name in tiny_networks.named(("lora",)))
+
+
+def test_a_fresh_transformer_starts_plain_and_its_controls_awake() -> None:
+    made = build(RECIPE, None)
+    assert not made.transformer.proj_out.weight.any()
+    assert next(made.controlnet.image_projections[0].parameters()).std() > 0
+    again = build(RECIPE, None)
+    assert all(torch.equal(p, again.named(MODULES)[name]) for name, p in made.named(MODULES).items())
+    other = build(replace(RECIPE, seed=9), None)
+    assert not torch.equal(other.transformer.x_embedder.weight, made.transformer.x_embedder.weight)
+
+
+def test_texture_draws_of_a_sample_do_not_depend_on_the_batch() -> None:
+    t, eps = draw_texture(1, 5, torch.Size((4, 2, 3, 3)), (0.2, 0.6))
+    t_two, eps_two = draw_texture(1, 5, torch.Size((2, 2, 3, 3)), (0.2, 0.6))
+    assert torch.equal(t[:2], t_two) and torch.equal(eps[:2], eps_two)
+    assert bool(((t >= 0.2) & (t < 0.6)).all()) and len(t.unique()) == 4
+    assert not torch.equal(eps, draw_texture(1, 6, torch.Size((4, 2, 3, 3)), (0.2, 0.6))[1])
+    many = torch.cat([draw_texture(1, s, torch.Size((8, 1, 1, 1)), (0.0, 1.0))[0] for s in range(60)])
+    assert abs(float(many.mean()) - 0.5) < 0.05
+
+
+def test_masters_keep_what_bfloat16_would_lose() -> None:
+    live = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    masters = Masters({"x": live}, decay=0.5)
+    optimizer = torch.optim.SGD(masters.master, lr=1.0)
+    for step in range(100):
+        live.grad = torch.full_like(live, 1e-4)
+        assert masters.take_gradients(1e9) == pytest.approx(3**0.5 * 1e-4, rel=0.01)
+        optimizer.step()
+        masters.publish(step)
+    assert torch.allclose(masters.master[0], torch.full((3,), 0.99), atol=1e-4)
+    assert live.dtype == torch.bfloat16 and torch.allclose(live.float(), torch.full((3,), 0.99), atol=3e-3)
+    assert live.grad is None
+    masters.average[0].fill_(2.0)
+    masters.show_average()
+    assert bool((live == 2).all())
+    masters.restore()
+    assert not bool((live == 2).any())
+
+
+def test_gradients_are_clipped_by_their_common_norm() -> None:
+    live = {name: torch.nn.Parameter(torch.zeros(4)) for name in ("a", "b", "unused")}
+    masters = Masters(live, decay=0.9)
+    live["a"].grad, live["b"].grad = torch.full((4,), 3.0), torch.full((4,), 4.0)
+    assert masters.take_gradients(1.0) == pytest.approx(10.0)
+    a, b, unused = (m.grad for m in masters.master)
+    assert unused is None and a is not None and b is not None
+    assert float((a.square().sum() + b.square().sum()).sqrt()) == pytest.approx(1, rel=1e-4)
+    assert torch.allclose(a / b, torch.full((4,), 0.75))
+
+
+def test_learning_rate_warms_up_and_decays_to_its_share() -> None:
+    recipe = replace(RECIPE, steps=100, optim=replace(RECIPE.optim, lr=1.0, warmup=10, final=0.05))
+    rates = [learning_rate(recipe, step) for step in range(101)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == pytest.approx(1) and rates[55] == pytest.approx(0.525) and rates[100] == pytest.approx(0.05)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_crop_sizes_and_blank_texts_come_at_the_recipes_rate() -> None:
+    recipe = replace(
+        RECIPE, data=replace(RECIPE.data, crops=(CropPlan(32, 2, 0.7), CropPlan(48, 1, 0.3)), no_text=0.25)
+    )
+    plans = [plan_of_step(recipe, step) for step in range(1000)]
+    assert set(plans) == {0, 1} and abs(plans.count(0) / 1000 - 0.7) < 0.05
+    blank = 0
+    for step in range(250):
+        local, glob = blank_some(recipe, step, ["a", "b", "c", "d"], ["A", "B", "C", "D"])
+        assert [bool(x) for x in local] == [bool(x) for x in glob]
+        blank += local.count("")
+    assert abs(blank / 1000 - 0.25) < 0.05
+
+
+def test_checkpoints_replace_each_other_and_survive_a_kill(tmp_path) -> None:
+    def save(step: int, value: float) -> None:
+        checkpoints.save(tmp_path, step, {"weights": {"x": torch.full((2,), value)}, "empty": {}}, {"note": "n"})
+
+    assert checkpoints.load(tmp_path) is None
+    save(1, 1.0)
+    (tmp_path / ".checkpoint-2.part").mkdir()  # killed while writing
+    (tmp_path / "checkpoint-2").mkdir()  # killed before `latest` was renamed
+    tensors, state = checkpoints.load(tmp_path) or ({}, {})
+    assert state == {"note": "n", "step": 1} and tensors["weights"]["x"].tolist() == [1, 1] and tensors["empty"] == {}
+    save(2, 2.0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "latest"]
+    written = (tmp_path / "checkpoint-2" / "weights.safetensors").stat().st_mtime_ns
+    save(2, 2.0)
+    assert (tmp_path / "checkpoint-2" / "weights.safetensors").stat().st_mtime_ns == written
+    assert (checkpoints.load(tmp_path) or ({}, {}))[1]["step"] == 2
+
+
+@pytest.mark.parametrize("wrong", ["truncated", "no state", "gone"])
+def test_a_broken_checkpoint_is_an_error_not_a_fresh_start(tmp_path, wrong) -> None:
+    checkpoints.save(tmp_path, 3, {"weights": {"x": torch.ones(20)}}, {})
+    path = tmp_path / "checkpoint-3"
+    match wrong:
+        case "truncated":
+            (path / "weights.safetensors").write_bytes((path / "weights.safetensors").read_bytes()[:-8])
+        case "no state":
+            (path / "state.json").unlink()
+        case "gone":
+            path.rename(tmp_path / "elsewhere")
+    with pytest.raises(TrainingError, match="not a readable checkpoint"):
+        checkpoints.load(tmp_path)
+
+
+def test_the_optimizers_state_survives_a_file(tmp_path) -> None:
+    made = networks().named(("refiner",))
+    parameters = [torch.nn.Parameter(p.detach().clone()) for p in made.values()]
+
+    def adam() -> torch.optim.AdamW:
+        return torch.optim.AdamW([{"params": parameters[:2]}, {"params": parameters[2:]}], fused=True)
+
+    one = adam()
+    for p in parameters[:-1]:
+        p.grad = torch.randn_like(p)
+    one.step()
+    save_file(checkpoints.optimizer_tensors(one, list(made)), tmp_path / "o.safetensors")
+    two = adam()
+    checkpoints.restore_optimizer(two, list(made), load_file(tmp_path / "o.safetensors"))
+    assert parameters[-1] not in two.state
+    for p in parameters[:-1]:
+        assert one.state[p].keys() == two.state[p].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(one.state[p][k], two.state[p][k]) for k in one.state[p])
