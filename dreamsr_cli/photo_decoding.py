@@ -123,7 +123,8 @@ def to_rgb(image: pyvips.Image, path: Path) -> tuple[pyvips.Image, str | None]:
     converted = None
     if image.interpretation == "cmyk":
         # an embedded profile wins over libvips' own
-        image = image.icc_transform(
+        inks, rest = image.extract_band(0, n=4), image
+        image = inks.icc_transform(
             "srgb",
             embedded=True,
             input_profile="cmyk",
@@ -131,6 +132,8 @@ def to_rgb(image: pyvips.Image, path: Path) -> tuple[pyvips.Image, str | None]:
             intent="relative",
             black_point_compensation=True,
         )
+        # the transform would scale 16-bit alpha wrongly
+        image = image.bandjoin(rest.extract_band(4)) if rest.bands > 4 and rest.hasalpha() else image
         converted = "CMYK"
     elif image.interpretation in ("lab", "labs", "labq"):
         image = image.colourspace("lab").icc_export(output_profile="srgb", depth=depth, intent="relative")

@@ -45,6 +45,21 @@ def test_cmyk_becomes_rgb(tmp_path: Path, name: str) -> None:
     assert open_photo(tmp_path / name).read_rows(0, 8).min() > 0.97
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_cmyk_with_alpha(tmp_path: Path, dtype: type[np.integer]) -> None:
+    levels = np.zeros((8, 8, 5), dtype)
+    levels[..., 1], levels[..., 4], levels[:4, :, 4] = np.iinfo(dtype).max, np.iinfo(dtype).max // 3, 0
+    options: dict[str, Any] = {"extrasamples": ["unassalpha"], "metadata": None}
+    tifffile.imwrite(tmp_path / "a.tif", levels, photometric="separated", **options)
+    photo = open_photo(tmp_path / "a.tif")
+    assert photo.info.alpha and photo.info.bit_depth == 8 * np.dtype(dtype).itemsize
+    alpha = photo.read_alpha(0, 8)
+    assert alpha is not None
+    np.testing.assert_allclose(alpha, np.where(np.arange(8) < 4, 0, 1 / 3)[:, None].repeat(8, 1), atol=1e-4)
+    red, green, blue = photo.read_rows(0, 8)[6, 3]
+    assert red > 0.7 and green < 0.3 and 0.3 < blue < 0.7
+
+
 def test_gif_is_read_and_further_frames_are_told(tmp_path: Path) -> None:
     frames = [RGB.quantize(8), ImageOps.flip(RGB).quantize(8)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
@@ -194,7 +209,7 @@ def test_tiffs_of_other_programs(tmp_path: Path, compression: str) -> None:
 def test_an_ultra_hdr_jpeg_is_read_as_a_jpeg(tmp_path: Path) -> None:
     bright = pyvips.Image.new_from_array(scene()).copy(interpretation="srgb").colourspace("scrgb") * 3
     bright.cast("float").copy(interpretation="scrgb").uhdrsave(str(tmp_path / "a.jpg"))
-    assert b"hdrgm" in (tmp_path / "a.jpg").read_bytes()
+    assert pyvips.Image.new_from_file(str(tmp_path / "a.jpg")).get("vips-loader") == "uhdrload"
     photo = open_photo(tmp_path / "a.jpg")
     plain = pyvips.Image.jpegload(str(tmp_path / "a.jpg")).numpy()
     assert (photo.info.format, photo.info.bit_depth) == ("jpeg", 8)
