@@ -11,7 +11,7 @@ import json
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ class Watch:
     """Seconds inside the outermost call of wrapped methods, by name."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.calls: Counter[str] = Counter()
         self._depth = 0
 
@@ -54,7 +54,8 @@ def measure(size: int, steps: int, tile_batch: int, model: str) -> dict[str, Any
 
     from dreamsr_cli.config import OutputConfig, UpscaleConfig
     from dreamsr_cli.engine import upscale
-    from dreamsr_cli.journal import Journal, Piece, RowFile, Slots
+    from dreamsr_cli.journal import Journal, Piece
+    from dreamsr_cli.journal_files import RowFile, Slots
     from dreamsr_cli.models.bundle import open_bundle
     from dreamsr_cli.progress import SilentProgress
 
@@ -84,7 +85,7 @@ def measure(size: int, steps: int, tile_batch: int, model: str) -> dict[str, Any
         "journal": inside,
         "share": inside / wall,
         "limit": LIMIT,
-        "seconds": dict(watch.seconds.most_common()),
+        "seconds": dict(sorted(watch.seconds.items(), key=lambda item: -item[1])),
         "calls": dict(watch.calls),
     }
 

@@ -3,8 +3,8 @@
     python benchmarks/memory.py
 
 Each size is one `engine.upscale` of a synthetic photo in a process of its own; a thread there reads
-/proc/self/status (Linux) every 20 ms. The figure is the peak of anonymous + shared memory (RssAnon + RssShmem), what the
-work itself holds. Pages of files that the kernel keeps at its own leisure are in VmHWM beside it.
+/proc/self/status (Linux) every 20 ms. The figure is the peak of anonymous + shared memory (RssAnon + RssShmem), what
+the work itself holds. Pages of files that the kernel keeps at its own leisure are in VmHWM beside it.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from dreamsr_cli.images import Photo
-from dreamsr_cli.journal import Piece, RowFile
+from dreamsr_cli.journal import Piece
+from dreamsr_cli.journal_files import RowFile
 from dreamsr_cli.models.autoencoder import STRIDE, Autoencoder
 from dreamsr_cli.progress import Progress
 from dreamsr_cli.resample import resize_rows

@@ -19,9 +19,9 @@ from dreamsr_cli.canvas import STRIP, DecodedCanvas, EnlargedPhoto, encode
 from dreamsr_cli.colour import fix_strips
 from dreamsr_cli.config import OutputConfig, UpscaleConfig, to_dict
 from dreamsr_cli.device import PRECISIONS, choose_device, choose_dtype, dtype_name
-from dreamsr_cli.errors import UsageError
 from dreamsr_cli.images import Photo, open_photo
-from dreamsr_cli.journal import Journal, RowFile, journal_folder
+from dreamsr_cli.journal import Journal, journal_folder
+from dreamsr_cli.journal_files import RowFile
 from dreamsr_cli.machine import describe_machine
 from dreamsr_cli.models.autoencoder import STRIDE
 from dreamsr_cli.models.bundle import Bundle
@@ -31,33 +31,9 @@ from dreamsr_cli.planning import record_efficiency
 from dreamsr_cli.progress import Progress
 from dreamsr_cli.prompts import PromptPlan, make_plan
 from dreamsr_cli.sampler import CONTROL_BYTES, ENCODE, PIXELS, REMOVE, Sampler, Texts, texture_name
-from dreamsr_cli.tiling import TileGrid, check_tiling
+from dreamsr_cli.settings import Settings, check_settings
+from dreamsr_cli.tiling import TileGrid
 from dreamsr_cli.workload import Limits
-
-COLOR_FIXES = ("wavelet", "adain", "none")
-CAPTIONERS = ("describe", "none")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """An `UpscaleConfig` with nothing left open: what the bundle decides is filled in."""
-
-    scale: float | None
-    long_side: int | None
-    short_side: int | None
-    tile: int
-    overlap: int
-    steps: int
-    strength: float
-    guidance: float | None
-    seed: int
-    prompt: str | None
-    captioner: str
-    color_fix: str
-    removal: bool
-    precision: str
-    device: str
-    tile_batch: int
 
 
 @dataclass(frozen=True)
@@ -151,10 +127,10 @@ def upscale(
             )
             plan = PromptPlan.from_json(made)
             z_0 = _restore(enlarged, plan, grid, shape, settings, bundle, journal, output.backoff, progress)
+            _release(device)
             decoded = DecodedCanvas(z_0, width, bundle.open_autoencoder(device, dtype), device, progress)
-            with make_writer(
-                raw=journal.pixels, rows_done=journal.progress(PIXELS), made_by=_made_by(settings, bundle, plan)
-            ) as writer:
+            rows_done, made_by = journal.progress(PIXELS), _made_by(settings, bundle, plan)
+            with make_writer(raw=journal.pixels, rows_done=rows_done, made_by=made_by) as writer:
                 _write(enlarged, decoded, writer, settings.color_fix, journal)
         notes = (*photo.notes, *writer.notes)
     for note in notes:
@@ -245,6 +221,7 @@ def _write(
         writer.write_strip(strip, enlarged.read_alpha(top, top + len(strip)))
         top += len(strip)
         journal.set_progress(PIXELS, top)
+        journal.sync_sometimes(writer)
 
 
 def _fingerprint(
@@ -276,57 +253,6 @@ def _made_by(settings: Settings, bundle: Bundle, plan: PromptPlan) -> dict[str, 
         "global_prompt": plan.global_text,
         **chosen,
     }
-
-
-def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
-    """Fill in what the bundle decides and check every value. Raises `UsageError` naming the flag and what to type."""
-    defaults, sampling = bundle.config.defaults, bundle.config.sampling
-
-    def pick(value: Any, default: Any) -> Any:
-        return default if value is None else value
-
-    sized = config.long_side is not None or config.short_side is not None
-    tile = pick(config.tile, defaults.tile)
-    overlap = defaults.overlap if config.overlap is None else config.overlap
-    if config.overlap is None and tile:
-        overlap = min(overlap, tile // 2 // 16 * 16)
-    settings = Settings(
-        scale=config.scale if sized else pick(config.scale, float(bundle.config.scale)),
-        long_side=config.long_side,
-        short_side=config.short_side,
-        tile=tile,
-        overlap=overlap,
-        steps=pick(config.steps, sampling.steps),
-        strength=pick(config.strength, sampling.t_start),
-        guidance=pick(config.guidance, sampling.guidance),
-        seed=config.seed,
-        prompt=config.prompt,
-        captioner=pick(config.captioner, defaults.captioner),
-        color_fix=pick(config.color_fix, defaults.color_fix),
-        removal=config.removal,
-        precision=config.precision,
-        device=config.device,
-        tile_batch=config.tile_batch,
-    )
-    check_tiling(settings.tile, settings.overlap)
-    _check_range("--steps", settings.steps, 1, 100)
-    _check_range("--strength", settings.strength, 0, 1)
-    _check_range("--tile-batch", settings.tile_batch, 1, 64)
-    _check_choice("--color-fix", settings.color_fix, COLOR_FIXES)
-    _check_choice("--captioner", settings.captioner, CAPTIONERS)
-    if config.guidance is not None and sampling.guidance is None:
-        raise UsageError(f"--guidance: model {bundle.config.name} has no guidance input", "leave --guidance out")
-    return settings
-
-
-def _check_range(flag: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise UsageError(f"{flag} {value} is not between {low} and {high}", f"use {flag} {min(max(value, low), high)}")
-
-
-def _check_choice(flag: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UsageError(f"{flag} {value} is not known", f"use {flag} {', '.join(known[:-1])} or {known[-1]}")
 
 
 def _embed(

@@ -25,13 +25,15 @@ from typing import Any
 import numpy as np
 
 from dreamsr_cli.errors import JournalError, OutputError
+from dreamsr_cli.journal_files import RowFile, Slots, Syncs, failure, write_all
 
 JOB_FILE, LOCK_FILE, PROGRESS_FILE = "job.json", "lock", "progress.bin"
 PROMPTS_FILE, PLAN_FILE, PIXELS_FILE = "prompts.json", "plan.json", "pixels.raw"
 SYNC_SECONDS = 30.0
 """A power cut costs at most this much work; a kill costs none (the page cache survives it)."""
 _PROGRESS = struct.Struct("<qqI")
-_MARK = struct.Struct("<qqI")
+_SYNCED_AT = 32
+"""Where `progress.bin` holds the last progress that is surely on the disk, for after a power cut."""
 
 
 def journal_folder(out_path: Path) -> Path:
@@ -41,95 +43,6 @@ def journal_folder(out_path: Path) -> Path:
         digest = hashlib.sha256(os.fsencode(out_path.name)).hexdigest()[:12]
         name = os.fsdecode(os.fsencode(out_path.name)[:200]).encode("utf-8", "ignore").decode() + f".{digest}.dreamsr"
     return out_path.with_name(name)
-
-
-class RowFile:
-    """A canvas on disk: float32 (H, W, C) in row-major order."""
-
-    def __init__(self, path: Path, rows: int, width: int, channels: int, create: bool = False) -> None:
-        self.path, self.shape = path, (channels, rows, width)
-        self._pixel = 4 * channels
-        self._row = self._pixel * width
-        self._fd = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o644)
-
-    def rows(self, top: int, bottom: int) -> np.ndarray:
-        """Rows [top, bottom), float32 (C, bottom - top, W)."""
-        channels, _, width = self.shape
-        return self._read(top * self._row, (bottom - top, width, channels)).transpose(2, 0, 1)
-
-    def crop(self, top: int, left: int, height: int, width: int) -> np.ndarray:
-        """A rectangle, float32 (C, height, width)."""
-        out_HWC = np.empty((height, width, self.shape[0]), np.float32)
-        for row in range(height):
-            _read_into(self._fd, out_HWC[row], (top + row) * self._row + left * self._pixel)
-        return out_HWC.transpose(2, 0, 1)
-
-    def write_rows(self, top: int, values_CHW: np.ndarray) -> None:
-        """Put rows from `top` on; (C, rows, W)."""
-        _write(self._fd, np.ascontiguousarray(values_CHW.transpose(1, 2, 0), np.float32), top * self._row, self.path)
-
-    def sync(self) -> None:
-        """Flush to the disk."""
-        os.fdatasync(self._fd)
-
-    def close(self) -> None:
-        """Close the file; it stays on disk."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def _read(self, offset: int, shape: tuple[int, ...]) -> np.ndarray:
-        out = np.empty(shape, np.float32)
-        _read_into(self._fd, out, offset)
-        return out
-
-
-class Slots:
-    """Velocities of the tiles whose rows are not blended yet; slot of a tile = its index modulo their number.
-
-    A slot is written first, then its mark (step, tile, crc32): a slot whose mark doesn't fit is computed again.
-    """
-
-    def __init__(self, folder: Path, count: int, shape_CHW: tuple[int, int, int]) -> None:
-        self.count, self._shape = count, shape_CHW
-        self._bytes = 4 * int(np.prod(shape_CHW))
-        self._data, self._marks = (folder / name for name in ("slots.f32", "marks.bin"))
-        self._data_fd = os.open(self._data, os.O_RDWR | os.O_CREAT, 0o644)
-        self._marks_fd = os.open(self._marks, os.O_RDWR | os.O_CREAT, 0o644)
-        self._step = 0
-
-    def begin(self, step: int) -> None:
-        """Slots now belong to `step`; those of other steps count as empty."""
-        self._step = step
-
-    def put(self, tile: int, v_CHW: np.ndarray) -> None:
-        """Keep the velocity of a tile. Writing twice is harmless."""
-        slot, data = tile % self.count, np.ascontiguousarray(v_CHW, np.float32)
-        _write(self._data_fd, data, slot * self._bytes, self._data)
-        mark = _MARK.pack(self._step, tile, zlib.crc32(data.data.cast("B")))
-        _write(self._marks_fd, np.frombuffer(mark, np.uint8), slot * _MARK.size, self._marks)
-
-    def holds(self, tile: int) -> bool:
-        """Whether this step's velocity of the tile is there, whole."""
-        slot = tile % self.count
-        mark = os.pread(self._marks_fd, _MARK.size, slot * _MARK.size)
-        if len(mark) < _MARK.size:
-            return False
-        step, index, crc = _MARK.unpack(mark)
-        if (step, index) != (self._step, tile):
-            return False
-        data = os.pread(self._data_fd, self._bytes, slot * self._bytes)
-        return len(data) == self._bytes and zlib.crc32(data) == crc
-
-    def __getitem__(self, tile: int) -> np.ndarray:
-        out = np.empty(self._shape, np.float32)
-        _read_into(self._data_fd, out, tile % self.count * self._bytes)
-        return out
-
-    def close(self) -> None:
-        """Close both files."""
-        for fd in (self._data_fd, self._marks_fd):
-            os.close(fd)
 
 
 class Piece:
@@ -187,7 +100,7 @@ class Journal:
             self.folder.mkdir(exist_ok=True)
             self._lock = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise _failure(self.folder, error) from error
+            raise failure(self.folder, error) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -200,7 +113,7 @@ class Journal:
             self._progress_fd = os.open(self.folder / PROGRESS_FILE, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             os.close(self._lock)
-            raise _failure(self.folder, error) from error
+            raise failure(self.folder, error) from error
         except BaseException:
             os.close(self._lock)
             raise
@@ -219,7 +132,7 @@ class Journal:
             shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise _failure(self.folder, error) from error
+            raise failure(self.folder, error) from error
 
     @property
     def resumed(self) -> bool:
@@ -273,18 +186,20 @@ class Journal:
     def set_progress(self, step: int, rows: int) -> None:
         """`rows` rows of piece `step` are written."""
         body = struct.pack("<qq", step, rows)
-        record = np.frombuffer(body + struct.pack("<I", zlib.crc32(body)), np.uint8)
-        _write(self._progress_fd, record, 0, self.folder / PROGRESS_FILE)
+        self._record = np.frombuffer(body + struct.pack("<I", zlib.crc32(body)), np.uint8)
+        write_all(self._progress_fd, self._record, 0, self.folder / PROGRESS_FILE)
         self._worked = True
 
     def worked(self) -> None:
         """Something worth keeping is in the journal."""
         self._worked = True
 
-    def sync_sometimes(self, file: RowFile) -> None:
-        """Flush, at most every `SYNC_SECONDS`."""
+    def sync_sometimes(self, file: Syncs) -> None:
+        """Flush `file`, of which the progress was just set, at most every `SYNC_SECONDS`; then note that it is
+        flushed."""
         if time.monotonic() - self._last_sync > SYNC_SECONDS:
             file.sync()
+            write_all(self._progress_fd, self._record, _SYNCED_AT, self.folder / PROGRESS_FILE)
             os.fdatasync(self._progress_fd)
             self._last_sync = time.monotonic()
 
@@ -295,9 +210,10 @@ class Journal:
         self._resumed = path.exists()
         if self._resumed:
             try:
-                before = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+                job = json.loads(path.read_text(encoding="utf-8"))
+                before, booted = job["fingerprint"], job["boot"]
             except (ValueError, KeyError):
-                before = {}
+                before, booted = {}, None
             changed = sorted(k for k in {*before, *fingerprint} if before.get(k) != fingerprint.get(k))
             if changed:
                 told = "; ".join(f"{k} was {before.get(k)!r}, is {fingerprint.get(k)!r}" for k in changed[:3])
@@ -307,6 +223,12 @@ class Journal:
                     "give the same settings to finish it, or add --restart to drop it and begin anew",
                 )
             self._worked = True
+            if booted != _boot_id():
+                # The machine went down since: only what was flushed is sure to be on the disk.
+                progress = self.folder / PROGRESS_FILE
+                records = progress.read_bytes() if progress.exists() else b""
+                progress.write_bytes(records[_SYNCED_AT:])
+                self._write_text(path, {"format": 1, "boot": _boot_id(), "fingerprint": fingerprint})
             return
         held = sum(p.stat().st_size for p in self.folder.iterdir())
         free = shutil.disk_usage(self.folder).free + held
@@ -316,7 +238,7 @@ class Journal:
                 "free some space, or write the result to another disk with -o",
             )
         self._empty()
-        self._write_text(path, {"format": 1, "fingerprint": fingerprint})
+        self._write_text(path, {"format": 1, "boot": _boot_id(), "fingerprint": fingerprint})
 
     def _empty(self) -> None:
         for path in self.folder.iterdir():
@@ -329,27 +251,9 @@ class Journal:
         os.replace(part, path)
 
 
-def _read_into(fd: int, out: np.ndarray, offset: int) -> None:
-    view = memoryview(out.data).cast("B")
-    done = 0
-    while done < len(view):
-        got = os.preadv(fd, [view[done:]], offset + done)
-        if got == 0:
-            raise OSError(errno.EIO, "the journal is shorter than it should be")
-        done += got
-
-
-def _write(fd: int, values: np.ndarray, offset: int, path: Path) -> None:
-    view = memoryview(values.data).cast("B")
-    done = 0
+def _boot_id() -> str | None:
+    """What tells one start of the machine from the next; None where the system doesn't say."""
     try:
-        while done < len(view):
-            done += os.pwrite(fd, view[done:], offset + done)
-    except OSError as error:
-        raise _failure(path, error) from error
-
-
-def _failure(path: Path, error: OSError) -> OutputError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"{path}: the disk is full", "free some space and run the same command again: it goes on")
-    return OutputError(f"{path}: {error.strerror or error}", "check the folder and its permissions")
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return None

@@ -212,6 +212,10 @@ class PhotoWriter:
             raise self._failure(error) from error
         self._rows += rows
 
+    def sync(self) -> None:
+        """Flush the raw file to the disk."""
+        os.fdatasync(self._raw.fileno())
+
     def encode(self) -> None:
         """Make the file at `path` from the raw file, whose rows must all be there. Can be repeated."""
         if self._rows != self.height:

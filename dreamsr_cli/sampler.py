@@ -20,7 +20,8 @@ from torch import Tensor
 from dreamsr_cli import flow
 from dreamsr_cli.config import ControlConfig, SamplingConfig
 from dreamsr_cli.draws import normal_rows
-from dreamsr_cli.journal import Journal, Piece, RowFile
+from dreamsr_cli.journal import Journal, Piece
+from dreamsr_cli.journal_files import RowFile
 from dreamsr_cli.models.autoencoder import STRIDE
 from dreamsr_cli.models.bundle import Restorer
 from dreamsr_cli.models.conditioned_dit import Injections

@@ -27,6 +27,7 @@ LAYERS = (
         "multidiffusion",
         "flow",
         "journal",
+        "journal_files",
         "weights",
         "device",
         "machine",
@@ -36,7 +37,7 @@ LAYERS = (
     ),
     ("models",),
     ("prompts", "canvas", "sampler", "degradations", "losses"),
-    ("engine", "backoff", "planning", "workload", "training", "evaluation"),
+    ("engine", "settings", "backoff", "planning", "workload", "training", "evaluation"),
     ("cli", "__main__"),
 )
 """Modules and sub-packages by layer, lowest first; an import goes to the same layer or down."""

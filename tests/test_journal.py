@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from dreamsr_cli.errors import JournalError, OutputError
-from dreamsr_cli.journal import Journal, RowFile, Slots, journal_folder
+from dreamsr_cli.journal import Journal, journal_folder
+from dreamsr_cli.journal_files import RowFile, Slots
 from dreamsr_cli.multidiffusion import blend, slots_needed
 from dreamsr_cli.tiling import make_grid
 
@@ -106,6 +107,26 @@ def test_a_torn_progress_record_counts_as_nothing(tmp_path) -> None:
     (folder / "progress.bin").write_bytes(record[:8] + b"\x99" + record[9:])
     with Journal(folder, JOB, 0) as journal:
         assert journal.progress(3) == 0
+
+
+def test_after_a_power_cut_only_flushed_rows_count(tmp_path, monkeypatch) -> None:
+    folder, z_CHW = tmp_path / "a.png.dreamsr", values(2, 6, 3)
+    monkeypatch.setattr("dreamsr_cli.journal.SYNC_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt), Journal(folder, JOB, 0) as journal:
+        piece = journal.piece("z", 1, (2, 6, 3))
+        piece.append(z_CHW[:, :2])
+        monkeypatch.setattr("dreamsr_cli.journal.SYNC_SECONDS", 1e9)
+        piece.append(z_CHW[:, 2:4])
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), Journal(folder, JOB, 0) as journal:
+        assert journal.progress(1) == 4
+        raise KeyboardInterrupt
+    monkeypatch.setattr("dreamsr_cli.journal._boot_id", lambda: "another start of the machine")
+    with Journal(folder, JOB, 0) as journal:
+        piece = journal.piece("z", 1, (2, 6, 3))
+        assert journal.resumed and piece.rows_done == 2
+        piece.append(z_CHW[:, 2:])
+        assert np.array_equal(piece.finish().rows(0, 6), z_CHW)
 
 
 def test_another_job_leaves_the_journal_alone_and_says_what_differs(tmp_path) -> None:

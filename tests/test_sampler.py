@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dreamsr_cli import flow
-from dreamsr_cli.journal import Journal, RowFile
+from dreamsr_cli.journal import Journal
+from dreamsr_cli.journal_files import RowFile
 from dreamsr_cli.models.bundle import Restorer, open_bundle
 from dreamsr_cli.models.text_encoder import stack
 from dreamsr_cli.multidiffusion import blend
