@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from dreamsr_cli import __version__
-from dreamsr_cli.backoff import WorkPlan, settle
+from dreamsr_cli.backoff import WorkPlan, settle, smaller_tile
 from dreamsr_cli.bundle_sizes import read_sizes
 from dreamsr_cli.canvas import STRIP, DecodedCanvas, EnlargedPhoto, encode
 from dreamsr_cli.colour import fix_strips
 from dreamsr_cli.config import OutputConfig, UpscaleConfig, to_dict
 from dreamsr_cli.device import PRECISIONS, choose_device, choose_dtype, dtype_name
+from dreamsr_cli.errors import DeviceError
 from dreamsr_cli.images import Photo, open_photo
 from dreamsr_cli.journal import Journal, journal_folder
 from dreamsr_cli.journal_files import RowFile
@@ -126,7 +127,12 @@ def upscale(
                 lambda: make_plan(photo, grid, width, height, settings.captioner, settings.prompt).to_json()
             )
             plan = PromptPlan.from_json(made)
-            z_0 = _restore(enlarged, plan, grid, shape, settings, bundle, journal, output.backoff, progress)
+            try:
+                z_0 = _restore(enlarged, plan, grid, shape, settings, bundle, journal, output.backoff, progress)
+            except torch.OutOfMemoryError as error:
+                hint = f"use --tile-batch 1, or --tile {smaller_tile(grid.tile_width)} with --restart"
+                raise DeviceError(f"{photo_path}: out of memory on {device}", hint) from error
+            settings = dataclasses.replace(settings, tile_batch=journal.tile_batch(settings.tile_batch))
             _release(device)
             decoded = DecodedCanvas(z_0, width, bundle.open_autoencoder(device, dtype), device, progress)
             rows_done, made_by = journal.progress(PIXELS), _made_by(settings, bundle, plan)
@@ -187,7 +193,7 @@ def _restore(
 
     def make_sampler(work: WorkPlan) -> Sampler:
         if work.offload:
-            restorer.offload(device)
+            restorer.offload()
         return Sampler(restorer, grid, texts, sampling, control, work.tile_batch, journal, progress, work.control_bytes)
 
     start = WorkPlan(settings.tile_batch, CONTROL_BYTES)

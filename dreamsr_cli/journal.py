@@ -17,7 +17,7 @@ import shutil
 import struct
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from dreamsr_cli.errors import JournalError, OutputError
-from dreamsr_cli.journal_files import RowFile, Slots, Syncs, failure, write_all
+from dreamsr_cli.journal_files import RowFile, Slots, Syncs, failure, flush, write_all
 
 JOB_FILE, LOCK_FILE, PROGRESS_FILE = "job.json", "lock", "progress.bin"
 PROMPTS_FILE, PLAN_FILE, PIXELS_FILE = "prompts.json", "plan.json", "pixels.raw"
@@ -103,11 +103,14 @@ class Journal:
             raise failure(self.folder, error) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             os.close(self._lock)
             raise JournalError(
                 f"another process is working on {self.folder.name.removesuffix('.dreamsr')}", "wait for it to end"
             ) from error
+        except OSError as error:
+            os.close(self._lock)
+            raise failure(self.folder / LOCK_FILE, error) from error
         try:
             self._claim(json.loads(json.dumps(fingerprint)), restart, needed_bytes)
             self._progress_fd = os.open(self.folder / PROGRESS_FILE, os.O_RDWR | os.O_CREAT, 0o644)
@@ -115,6 +118,8 @@ class Journal:
             os.close(self._lock)
             raise failure(self.folder, error) from error
         except BaseException:
+            if not self._worked:
+                shutil.rmtree(self.folder, ignore_errors=True)
             os.close(self._lock)
             raise
         self._files: list[Any] = []
@@ -147,6 +152,11 @@ class Journal:
         """The plan in force (batch, control features, offload): that of the earlier run, or made now and kept."""
         return self._once(PLAN_FILE, make)
 
+    def tile_batch(self, asked: int) -> int:
+        """Tiles per network call in the plan in force; `asked` where no network had to run."""
+        path = self.folder / PLAN_FILE
+        return int(json.loads(path.read_text(encoding="utf-8"))["tile_batch"]) if path.exists() else asked
+
     def _once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         path = self.folder / name
         if not path.exists():
@@ -168,6 +178,11 @@ class Journal:
     def has(self, name: str) -> bool:
         """Whether the canvas called `name` is committed."""
         return (self.folder / f"{name}.f32").exists()
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Remove canvases that an earlier run had no time to remove."""
+        for name in names:
+            (self.folder / f"{name}.f32").unlink(missing_ok=True)
 
     @property
     def pixels(self) -> Path:
@@ -200,14 +215,14 @@ class Journal:
         if time.monotonic() - self._last_sync > SYNC_SECONDS:
             file.sync()
             write_all(self._progress_fd, self._record, _SYNCED_AT, self.folder / PROGRESS_FILE)
-            os.fdatasync(self._progress_fd)
+            flush(self._progress_fd)
             self._last_sync = time.monotonic()
 
     def _claim(self, fingerprint: dict[str, Any], restart: bool, needed_bytes: int) -> None:
         path = self.folder / JOB_FILE
         if restart:
             self._empty()
-        self._resumed = path.exists()
+        self._resumed = self._worked = path.exists()
         if self._resumed:
             try:
                 job = json.loads(path.read_text(encoding="utf-8"))
@@ -222,12 +237,12 @@ class Journal:
                     f"{self.folder} belongs to an unfinished run with other settings: {told}{more}",
                     "give the same settings to finish it, or add --restart to drop it and begin anew",
                 )
-            self._worked = True
             if booted != _boot_id():
                 # The machine went down since: only what was flushed is sure to be on the disk.
                 progress = self.folder / PROGRESS_FILE
                 records = progress.read_bytes() if progress.exists() else b""
-                progress.write_bytes(records[_SYNCED_AT:])
+                sure = records[_SYNCED_AT : _SYNCED_AT + _PROGRESS.size]
+                progress.write_bytes(sure.ljust(_SYNCED_AT, b"\0") + sure)
                 self._write_text(path, {"format": 1, "boot": _boot_id(), "fingerprint": fingerprint})
             return
         held = sum(p.stat().st_size for p in self.folder.iterdir())
@@ -247,7 +262,10 @@ class Journal:
 
     def _write_text(self, path: Path, data: dict[str, Any]) -> None:
         part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        with part.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
 
 

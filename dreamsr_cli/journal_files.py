@@ -54,7 +54,7 @@ class RowFile:
 
     def sync(self) -> None:
         """Flush to the disk."""
-        os.fdatasync(self._fd)
+        flush(self._fd)
 
     def close(self) -> None:
         """Close the file; it stays on disk."""
@@ -114,6 +114,11 @@ class Slots:
         """Close both files."""
         for fd in (self._data_fd, self._marks_fd):
             os.close(fd)
+
+
+def flush(fd: int) -> None:
+    """Flush a file's data to the disk."""
+    getattr(os, "fdatasync", os.fsync)(fd)  # macOS has no fdatasync
 
 
 def read_into(fd: int, out: np.ndarray, offset: int) -> None:

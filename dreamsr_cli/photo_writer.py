@@ -22,6 +22,7 @@ import pyvips
 from dreamsr_cli.config import MAX_OUTPUT_PIXELS
 from dreamsr_cli.errors import OutputError, UsageError
 from dreamsr_cli.images import PhotoInfo, list_formats
+from dreamsr_cli.journal_files import flush
 from dreamsr_cli.photo_encoders import RawPhoto, save_palette_png, save_tiff, save_vips
 from dreamsr_cli.photo_metadata import Metadata, add_record, fit_jpeg, fit_metadata
 
@@ -214,7 +215,7 @@ class PhotoWriter:
 
     def sync(self) -> None:
         """Flush the raw file to the disk."""
-        os.fdatasync(self._raw.fileno())
+        flush(self._raw.fileno())
 
     def encode(self) -> None:
         """Make the file at `path` from the raw file, whose rows must all be there. Can be repeated."""
@@ -258,6 +259,10 @@ class PhotoWriter:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             return OutputError(
                 f"{self.path}: the name is too long", "give a shorter one with -o, or a shorter --suffix"
+            )
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return OutputError(
+                f"{self.path}: the disk is full", "free some space and run the same command again: it goes on"
             )
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         return OutputError(

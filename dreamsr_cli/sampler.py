@@ -77,8 +77,7 @@ class Sampler:
         self.journal, self.progress = journal, progress
         self.control_bytes = control_bytes
         self.batch = min(tile_batch, len(grid.tiles))
-        parameter = next(restorer.dit.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.device, self.dtype = restorer.device, next(restorer.dit.parameters()).dtype
         self._glob = stack([texts.glob.to(self.device, self.dtype)])
         self._has_guidance = bool(restorer.dit.transformer.config["guidance_embeds"])
         channels = restorer.dit.transformer.config["in_channels"] // 4
@@ -121,6 +120,7 @@ class Sampler:
         if not source.done:
             self._renoise(z_dr, source, t_start, seed)
         self.progress.advance(finished * len(self.grid.tiles))
+        self.journal.drop(texture_name(k) for k in range(finished))
         kept: dict[int, Injections] = {}
         for step, (t, t_next) in enumerate(pairwise(ts), start=1):
             if step <= finished:
@@ -128,12 +128,15 @@ class Sampler:
             self.progress.at(f"step {step} of {steps}")
 
             def velocity(tiles: tuple[Tile, ...], t: float = t, z: RowFile = source.file) -> Tensor:
-                injections = self._texture_control(z_dr, tiles, t, guidance, kept)
-                z_BCHW = self._crops(z, tiles)
-                made_BCHW = self.restorer.dit(z_BCHW, self._time(t), self._glob, injections, guidance)
-                if self.sampling.prediction == "velocity":
-                    return made_BCHW
-                return flow.velocity_of_correction(z_BCHW, self._crops(z_dr, tiles), made_BCHW, t)
+                try:
+                    return self._texture_velocity(z, z_dr, tiles, t, guidance, kept)
+                except torch.OutOfMemoryError:
+                    if not kept:
+                        raise
+                    kept.clear()
+                    self.control_bytes = 0
+                self.progress.note(f"out of memory on {self.device}: control features are computed again, not kept")
+                return self._texture_velocity(z, z_dr, tiles, t, guidance, kept)
 
             piece = self.journal.piece(texture_name(step), step, self.shape)
             for top, bottom, v_CHW in self._merged(velocity, step, piece.rows_done):
@@ -155,6 +158,22 @@ class Sampler:
             made_BCHW = self.restorer.dit(z_BCHW, self._time(t_r), self._glob, injections, guidance)
         # The condition is z_lq itself here, so a correction is t_r times the velocity.
         return made_BCHW if self.sampling.prediction == "velocity" else made_BCHW / t_r
+
+    def _texture_velocity(
+        self,
+        z: RowFile,
+        z_dr: RowFile,
+        tiles: tuple[Tile, ...],
+        t: float,
+        guidance: float | None,
+        kept: dict[int, Injections],
+    ) -> Tensor:
+        injections = self._texture_control(z_dr, tiles, t, guidance, kept)
+        z_BCHW = self._crops(z, tiles)
+        made_BCHW = self.restorer.dit(z_BCHW, self._time(t), self._glob, injections, guidance)
+        if self.sampling.prediction == "velocity":
+            return made_BCHW
+        return flow.velocity_of_correction(z_BCHW, self._crops(z_dr, tiles), made_BCHW, t)
 
     def _merged(
         self, velocity: Callable[[tuple[Tile, ...]], Tensor], step: int, ready: int

@@ -43,14 +43,20 @@ class Restorer:
     dit: ConditionedDiT
     controlnet: MMControlNet
     lora: RestorationLoRA | None
+    device: torch.device
+    """Where batches of tiles go."""
+    offloaded: bool = False
 
-    def offload(self, device: torch.device) -> None:
-        """Keep the weights in RAM and send them to `device` layer by layer, as they are needed."""
+    def offload(self) -> None:
+        """From now on keep the weights in RAM and send them to the device layer by layer, as they are needed."""
         from diffusers.hooks import apply_group_offloading
 
+        if self.offloaded:
+            return
         for module in (self.dit, self.controlnet):
             module.to("cpu")
-            apply_group_offloading(module, onload_device=device, offload_type="leaf_level")
+            apply_group_offloading(module, onload_device=self.device, offload_type="leaf_level")
+        self.offloaded = True
 
 
 class Bundle:
@@ -143,7 +149,7 @@ class Bundle:
             )
         dit.to(device, dtype).eval().requires_grad_(False)
         controlnet.to(device).requires_grad_(False)
-        return Restorer(dit, controlnet, lora)
+        return Restorer(dit, controlnet, lora, device)
 
 
 def open_bundle(model: str, weights: str | None = None) -> Bundle:
