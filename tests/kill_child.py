@@ -10,6 +10,7 @@ import torch
 
 from dreamsr_cli.config import OutputConfig, UpscaleConfig
 from dreamsr_cli.engine import upscale
+from dreamsr_cli.journal import journal_folder
 from dreamsr_cli.models.bundle import open_bundle
 
 SETTINGS = UpscaleConfig(tile=64, overlap=16, steps=3, scale=3.0, tile_batch=2, precision="fp32", seed=5)
@@ -39,6 +40,8 @@ def work(source: str, target: str, bundle: str, kill_at: int | None, torn: bool,
 
     The phase of every write is written to `diary_path`, one line each.
     """
+    os.environ["DREAMSR_CACHE"] = f"{diary_path}.cache"
+    journal = journal_folder(Path(target))
     torch.set_num_threads(1)
     diary, real_pwrite, real_replace, count = Diary(), os.pwrite, os.replace, [0]
     lines = os.open(diary_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -58,7 +61,8 @@ def work(source: str, target: str, bundle: str, kill_at: int | None, torn: bool,
         return real_pwrite(fd, data, offset)
 
     def replace(a, b, **names) -> None:
-        event(lambda: None)
+        if Path(b) == Path(target) or Path(b).parent == journal:  # not what is remembered in the user's cache
+            event(lambda: None)
         real_replace(a, b, **names)
 
     setattr(os, "pwrite", pwrite)  # noqa: B010

@@ -148,7 +148,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = info_of(tmp_path)
     with (
-        pytest.raises(OutputError, match="No space"),
+        pytest.raises(OutputError, match="disk is full"),
         PhotoWriter(tmp_path / "b.png", info, 31, 22, "png", 95) as writer,
         open("/dev/full", "wb", buffering=0) as full,
     ):
