@@ -148,15 +148,21 @@ def test_settings_that_make_no_sense_are_refused(bundle, tmp_path, settings, fla
     assert not (tmp_path / "b.png").exists()
 
 
-def test_an_error_in_the_middle_leaves_a_journal_that_goes_on(bundle, tmp_path) -> None:
-    class Stop(SilentProgress):
-        def phase(self, name: str, total: int) -> None:
-            if name == "decode":
-                raise DreamSRError("stop", "now")
+class StopAt(SilentProgress):
+    """An error at the beginning of one phase."""
 
+    def __init__(self, phase: str) -> None:
+        self.wanted = phase
+
+    def phase(self, name: str, total: int) -> None:
+        if name == self.wanted:
+            raise DreamSRError("stop", "now")
+
+
+def test_an_error_in_the_middle_leaves_a_journal_that_goes_on(bundle, tmp_path) -> None:
     source, config = photo(tmp_path / "a.png"), UpscaleConfig(tile=64, overlap=16, steps=1)
     with pytest.raises(DreamSRError, match="stop"):
-        upscale(source, tmp_path / "b.png", bundle, config, OutputConfig(), Stop())
+        upscale(source, tmp_path / "b.png", bundle, config, OutputConfig(), StopAt("decode"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png.dreamsr"]
     upscale(source, tmp_path / "b.png", bundle, config, OutputConfig(), SilentProgress())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
@@ -165,26 +171,16 @@ def test_an_error_in_the_middle_leaves_a_journal_that_goes_on(bundle, tmp_path) 
 
 
 def test_without_resume_an_error_leaves_nothing(bundle, tmp_path) -> None:
-    class Stop(SilentProgress):
-        def phase(self, name: str, total: int) -> None:
-            if name == "decode":
-                raise DreamSRError("stop", "now")
-
     source, config = photo(tmp_path / "a.png"), UpscaleConfig(tile=64, overlap=16, steps=1)
     with pytest.raises(DreamSRError, match="stop"):
-        upscale(source, tmp_path / "b.png", bundle, config, OutputConfig(resume=False), Stop())
+        upscale(source, tmp_path / "b.png", bundle, config, OutputConfig(resume=False), StopAt("decode"))
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_other_settings_do_not_take_over_a_journal(bundle, tmp_path) -> None:
-    class Stop(SilentProgress):
-        def phase(self, name: str, total: int) -> None:
-            if name == "texture":
-                raise DreamSRError("stop", "now")
-
     source, target = photo(tmp_path / "a.png"), tmp_path / "b.png"
     with pytest.raises(DreamSRError, match="stop"):
-        upscale(source, target, bundle, UpscaleConfig(tile=64, overlap=16, seed=1), OutputConfig(), Stop())
+        upscale(source, target, bundle, UpscaleConfig(tile=64, overlap=16, seed=1), OutputConfig(), StopAt("texture"))
     with pytest.raises(JournalError, match="seed was 1, is 2"):
         run(bundle, source, target, seed=2, precision="auto", scale=None, steps=None)
 
