@@ -189,6 +189,23 @@ def test_busy_crops_are_favoured(tmp_path: Path) -> None:
     assert busy(1) < 0.75 < 0.85 < busy(3)
 
 
+def test_mixed_presets_keep_their_shares(make_source: Callable[..., PhotoSource]) -> None:
+    source = make_source()
+    plain = dataclasses.replace(SMALL, dead_leaves=0.0)
+    mixed = dataclasses.replace(plain, mix=(("bicubic", 0.5),))
+    cubic = dataclasses.replace(plain, preset="bicubic")
+
+    def bad(settings: CropSettings) -> list[bytes]:
+        return [make_sample(source, settings, step, 0).lq_CPQ.tobytes() for step in range(60)]
+
+    chosen = [m == c for m, c in zip(bad(mixed), bad(cubic), strict=True)]
+    untouched = [m == p for m, p in zip(bad(mixed), bad(plain), strict=True)]
+    assert 18 <= sum(chosen) <= 42
+    assert sum(chosen) + sum(untouched) == 60
+    with pytest.raises(ConfigError, match="exceed"):
+        dataclasses.replace(plain, mix=(("bicubic", 0.7), ("realesrgan", 0.7)))
+
+
 def test_settings_and_folders_that_make_no_sense(make_source: Callable[..., PhotoSource], tmp_path: Path) -> None:
     for key, value in {"crop": 100, "preset": "mystery", "p_full": 1.5, "full_side": 48, "candidates": 0}.items():
         with pytest.raises(ConfigError, match=key):

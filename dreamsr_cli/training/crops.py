@@ -49,6 +49,8 @@ class CropSettings:
     """Side of the good crop in pixels, a multiple of 16."""
     preset: str = "seesr-pairs"
     """Degradation preset, a key of `presets.PRESETS`."""
+    mix: tuple[tuple[str, float], ...] = ()
+    """(preset, share of samples) of further presets; the rest of the samples use `preset`."""
     seed: int = 42
     """Seed of every draw."""
     scale: int = 4
@@ -67,8 +69,11 @@ class CropSettings:
     """Take the validation photos instead of the training ones."""
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ConfigError(f"unknown preset {self.preset!r}", f"choose one of: {', '.join(PRESETS)}")
+        for preset in (self.preset, *(name for name, _ in self.mix)):
+            if preset not in PRESETS:
+                raise ConfigError(f"unknown preset {preset!r}", f"choose one of: {', '.join(PRESETS)}")
+        if any(share < 0 for _, share in self.mix) or sum(share for _, share in self.mix) > 1 + 1e-9:
+            raise ConfigError(f"shares of mix {dict(self.mix)} exceed 1", "the rest is left to preset")
         if self.crop < GRAIN or self.crop % GRAIN or self.crop % self.scale:
             raise ConfigError(f"crop {self.crop} is not a multiple of {GRAIN} and of the scale", "try crop = 256")
         for name in ("dead_leaves", "p_full"):
@@ -138,7 +143,7 @@ def make_sample(source: PhotoSource, settings: CropSettings, step: int, index: i
         hq_CPQ = torch.from_numpy(np.ascontiguousarray(crop_PQC.transpose(2, 0, 1))).float() / 255
         global_text = source.global_text(photo, turn, describer)
     params = pixel.draw(
-        settings.preset, settings.seed, sha256, step * SAMPLES_PER_STEP + index, settings.scale, settings.usm
+        _preset(settings, step, index), settings.seed, sha256, step * SAMPLES_PER_STEP + index, settings.scale, settings.usm
     )
     hq_CPQ = _levels(pixel.sharpen(hq_CPQ) if params.sharpen else hq_CPQ)
     lq_CPQ = _levels(pixel.degrade(hq_CPQ.float() / 255, params))
@@ -149,6 +154,16 @@ def make_sample(source: PhotoSource, settings: CropSettings, step: int, index: i
     if global_text is None:
         global_text = local_text
     return Sample(hq_CPQ.numpy(), lq_CPQ.numpy(), local_text, global_text, origin)
+
+
+def _preset(settings: CropSettings, step: int, index: int) -> str:
+    """The sample's preset, drawn from seed, step and index alone."""
+    draw = draws.generator(settings.seed, "preset", step, index).random() if settings.mix else 1.0
+    for name, share in settings.mix:
+        draw -= share
+        if draw < 0:
+            return name
+    return settings.preset
 
 
 def batches(

@@ -67,6 +67,10 @@ class DataRecipe:
 
     preset: str = "seesr-mild"
     """Degradation preset of `degradations/pixel.py`."""
+    mix: dict[str, float] = field(default_factory=dict)
+    """Shares of samples that use further presets; the rest use `preset`, and so does validation."""
+    sharpen: bool | None = None
+    """Sharpen the good crop before it is degraded and as the target; None: as each preset says."""
     crops: tuple[CropPlan, ...] = (CropPlan(256, 8, 1.0),)
     """Crop sizes."""
     dead_leaves: float = 0.1

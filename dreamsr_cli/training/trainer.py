@@ -263,6 +263,8 @@ def crop_settings(recipe: Recipe, plan: int, held_out: bool = False) -> CropSett
     return CropSettings(
         crop=data.crops[plan].size,
         preset=data.preset,
+        mix=tuple(sorted(data.mix.items())),
+        usm=data.sharpen,
         seed=recipe.seed + 1000 * plan,
         dead_leaves=0.0 if held_out else data.dead_leaves,
         p_full=0.0 if held_out else data.full_photo,
