@@ -142,9 +142,8 @@ def make_sample(source: PhotoSource, settings: CropSettings, step: int, index: i
         crop_PQC = turned(_sharp_crop(rgb_PQC, settings, rng), turn)
         hq_CPQ = torch.from_numpy(np.ascontiguousarray(crop_PQC.transpose(2, 0, 1))).float() / 255
         global_text = source.global_text(photo, turn, describer)
-    params = pixel.draw(
-        _preset(settings, step, index), settings.seed, sha256, step * SAMPLES_PER_STEP + index, settings.scale, settings.usm
-    )
+    preset, crop_index = _preset(settings, step, index), step * SAMPLES_PER_STEP + index
+    params = pixel.draw(preset, settings.seed, sha256, crop_index, settings.scale, settings.usm)
     hq_CPQ = _levels(pixel.sharpen(hq_CPQ) if params.sharpen else hq_CPQ)
     lq_CPQ = _levels(pixel.degrade(hq_CPQ.float() / 255, params))
     if full and global_text is not None:
