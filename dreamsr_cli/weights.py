@@ -1,8 +1,7 @@
-"""weights.lock: which weights may be loaded, and whether a folder holds exactly them.
+"""Whether a folder holds exactly the weights that weights.lock lists, and where such folders lie.
 
-weights.lock is TOML: `format = 1` and one `[entries.NAME]` per source, with one row (path, size, sha256, licence) per
-file. It lies at the top of a checkout and inside an installed package. Only safetensors, JSON and text are ever loaded:
-pickles can run code when opened, so a folder that holds one is refused.
+Only safetensors, JSON and text are ever loaded: pickles can run code when opened, so a folder that holds one is
+refused.
 
 Maintainers: `python -m dreamsr_cli.weights --lock-builtin` rewrites the rows of the built-in model after it changed.
 """
@@ -10,22 +9,27 @@ Maintainers: `python -m dreamsr_cli.weights --lock-builtin` rewrites the rows of
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
-import re
 import sys
 import tempfile
 import time
-import tomllib
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from dreamsr_cli.config import from_dict
-from dreamsr_cli.errors import ConfigError, WeightsError
+from dreamsr_cli.errors import WeightsError
+from dreamsr_cli.weights_lock import (
+    PACKAGE,
+    LockEntry,
+    LockRow,
+    load_lock,
+    lock_entry,
+    lock_path,
+    write_entry,
+)
 
-PACKAGE = Path(__file__).resolve().parent
 BUILTIN = "mini"
 BUILTIN_FOLDER = PACKAGE / "bundles" / BUILTIN
 BUILTIN_LICENCE = "Apache-2.0"
@@ -36,92 +40,6 @@ UNLISTED_REFUSED = frozenset({".safetensors", ".json"})
 
 _SETTLED_SECONDS = 2.0
 """A file younger than this may change again within one tick of its mtime, so its hash isn't cached."""
-
-
-@dataclass(frozen=True)
-class LockRow:
-    """One file of an entry."""
-
-    path: str
-    """Path inside the folder, with forward slashes."""
-    size: int
-    """Bytes."""
-    sha256: str
-    """64 hexadecimal digits."""
-    licence: str
-    """SPDX id."""
-
-
-@dataclass(frozen=True)
-class LockEntry:
-    """One source of weights."""
-
-    name: str
-    """Name in weights.lock."""
-    files: tuple[LockRow, ...]
-    """Every file, sorted by path."""
-    bundled: bool = False
-    """The files are inside this package."""
-    repository: str | None = None
-    """Where the files are fetched from, if they aren't bundled."""
-    revision: str | None = None
-    """Commit of the repository."""
-
-
-@dataclass(frozen=True)
-class _LockFile:
-    format: int
-    entries: dict[str, dict]
-
-
-# ---------------------------------------------------------------- weights.lock
-
-
-def lock_path() -> Path:
-    """weights.lock inside an installed package, else at the top of the checkout; `WeightsError` if there is neither."""
-    for path in (PACKAGE / "weights.lock", PACKAGE.parent / "weights.lock"):
-        if path.is_file():
-            return path
-    raise WeightsError(
-        f"weights.lock is missing beside {PACKAGE}", "install dreamsr again: pip install --force dreamsr"
-    )
-
-
-def load_lock(path: Path | None = None) -> dict[str, LockEntry]:
-    """Entries of weights.lock by name. `WeightsError` names what is wrong with the file."""
-    path = path or lock_path()
-    try:
-        data = from_dict(_LockFile, tomllib.loads(path.read_text(encoding="utf-8")), str(path))
-        if data.format != 1:
-            raise WeightsError(f"{path}: format {data.format} is not known", "update dreamsr")
-        return {name: _entry(name, table, path) for name, table in data.entries.items()}
-    except OSError as error:
-        raise WeightsError(f"can't read {path}: {error.strerror or error}", "check the file's permissions") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path}: not valid TOML: {error}", "restore weights.lock from the repository") from error
-    except ConfigError as error:
-        raise WeightsError(error.message, error.hint) from error
-
-
-def lock_entry(name: str, path: Path | None = None) -> LockEntry:
-    """The entry `name` of weights.lock; `WeightsError` lists the known ones."""
-    entries = load_lock(path)
-    if name not in entries:
-        raise WeightsError(f"weights.lock has no entry {name!r}", f"known entries: {', '.join(sorted(entries))}")
-    return entries[name]
-
-
-def _entry(name: str, table: dict[str, Any], path: Path) -> LockEntry:
-    entry = from_dict(LockEntry, {**table, "name": name}, f"{path}: {name}")
-    for row in entry.files:
-        pure = PurePosixPath(row.path)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in row.path or str(pure) != row.path or row.path == ".":
-            raise WeightsError(f"{path}: {name}: {row.path!r} leaves its folder", "use plain relative paths")
-        if not re.fullmatch(r"[0-9a-f]{64}", row.sha256) or row.size < 0:
-            raise WeightsError(f"{path}: {name}: {row.path}: bad size or sha256", "restore weights.lock")
-    if len({row.path for row in entry.files}) != len(entry.files):
-        raise WeightsError(f"{path}: {name}: a path is listed twice", "restore weights.lock from the repository")
-    return entry
 
 
 # ---------------------------------------------------------------- folders
@@ -143,7 +61,7 @@ def verify(folder: Path, entry: LockEntry) -> None:
     Every listed file must be there with its size and sha256; a pickle, or an unlisted safetensors or JSON file, is
     refused. Raises `WeightsError` naming the first file that differs.
     """
-    fix = _how_to_restore(entry)
+    fix = how_to_restore(entry)
     if not entry.files:
         raise WeightsError(f"weights.lock lists no file for {entry.name!r}", fix)
     if not folder.is_dir():
@@ -153,16 +71,62 @@ def verify(folder: Path, entry: LockEntry) -> None:
     for path in _files(folder):
         if path.suffix.lower() in UNLISTED_REFUSED and path.relative_to(folder).as_posix() not in listed:
             raise WeightsError(f"{path} is not listed in weights.lock under {entry.name!r}", f"remove it, or {fix}")
+    pins = accepted_pins(folder)
     for row in entry.files:
         path = folder / row.path
         if not path.is_file():
             raise WeightsError(f"{path} is missing", fix)
         size = path.stat().st_size
-        if size != row.size:
+        if row.sure and row.size is not None and size != row.size:
             raise WeightsError(f"{path} has {size} bytes, weights.lock says {row.size}", fix)
+        if row.sha256 is None:
+            continue
         digest = file_sha256(path)
+        if digest in (row.sha256, pins.get(row.path)):
+            continue
+        if not row.sure:
+            doubt = f"the pin is in doubt: weights.lock ({row.status}) says sha256 {row.sha256}, found {digest}"
+            raise WeightsError(f"{path}: {doubt}", f"{fix} --accept-doubtful")
         if digest != row.sha256:
             raise WeightsError(f"{path} was altered: sha256 {digest[:12]}…, expected {row.sha256[:12]}…", fix)
+
+
+def accepted_path(folder: Path) -> Path:
+    """Where the hashes lie that a person accepted although weights.lock says something else (unsure rows only)."""
+    return folder / ".accepted.json"
+
+
+def accepted_pins(folder: Path) -> dict[str, str]:
+    """Accepted sha256 by path; {} where there are none."""
+    try:
+        pins = json.loads(accepted_path(folder).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(k): str(v) for k, v in pins.items()} if isinstance(pins, dict) else {}
+
+
+def weights_folder(name: str) -> Path:
+    """Where the files of the entry `name` lie, there or not: below `DREAMSR_WEIGHTS`, else in the cache folder."""
+    return BUILTIN_FOLDER if name == BUILTIN else weights_base() / name
+
+
+def weights_base() -> Path:
+    """The folder of fetched weights: `DREAMSR_WEIGHTS`, else "weights" in the cache folder."""
+    base = os.environ.get("DREAMSR_WEIGHTS")
+    return Path(base).expanduser() if base else cache_folder() / "weights"
+
+
+def locate(name: str, instead: str = "") -> Path:
+    """The folder with the files of the entry `name`, checked as `verify` does.
+
+    Raises `WeightsError` saying how to fetch them; `instead` is what else the hint may offer.
+    """
+    entry, folder = lock_entry(name), weights_folder(name)
+    if not entry.bundled and not folder.is_dir():
+        hint = how_to_restore(entry) + (f", or {instead}" if instead else "")
+        raise WeightsError(f"the weights of {name} are not on this machine ({folder})", hint)
+    verify(folder, entry)
+    return folder
 
 
 def lock_rows(folder: Path, licence: str = BUILTIN_LICENCE) -> tuple[LockRow, ...]:
@@ -192,10 +156,11 @@ def _files(folder: Path) -> list[Path]:
     return found
 
 
-def _how_to_restore(entry: LockEntry) -> str:
+def how_to_restore(entry: LockEntry) -> str:
+    """What to type when an entry's files are missing or altered."""
     if entry.bundled:
         return "install dreamsr again; after retraining it: python -m dreamsr_cli.weights --lock-builtin"
-    return f"fetch {entry.repository} again, at revision {entry.revision}"
+    return f"dreamsr fetch-weights {entry.name}"
 
 
 # ---------------------------------------------------------------- hashes
@@ -222,6 +187,14 @@ def file_sha256(path: Path) -> str:
     if time.time() - state.st_mtime > _SETTLED_SECONDS:
         _write_hashes(store, {**known, key: [*stamp, digest]})
     return digest
+
+
+def forget_hash(path: Path) -> None:
+    """Drop what the cache remembers of a file, so that `file_sha256` reads it again."""
+    store = cache_folder() / "hashes.json"
+    known = _read_hashes(store)
+    if known.pop(str(path.resolve()), None) is not None:
+        _write_hashes(store, known)
 
 
 def _hash(path: Path) -> str:
@@ -251,21 +224,14 @@ def _write_hashes(store: Path, known: dict[str, Any]) -> None:
 
 
 def write_builtin(path: Path, rows: tuple[LockRow, ...]) -> None:
-    """Replace the rows of the built-in model in the weights.lock at `path`; every other line stays as it is."""
-    text = path.read_text(encoding="utf-8")
-    section = "\n".join([f"[entries.{BUILTIN}]", "bundled = true", "files = [", *map(_toml_row, rows), "]"])
-    pattern = rf"^\[entries\.{BUILTIN}\]\n.*?^\]$"
-    changed, count = re.subn(pattern, lambda _: section, text, count=1, flags=re.MULTILINE | re.DOTALL)
-    if count != 1:
+    """Replace the rows of the built-in model in the weights.lock at `path`; every other line stays as it is.
+
+    `WeightsError` if the file has no such entry.
+    """
+    known = load_lock(path)
+    if BUILTIN not in known:
         raise WeightsError(f"{path} has no [entries.{BUILTIN}] section", "restore weights.lock from the repository")
-    part = path.with_name(path.name + ".part")
-    part.write_text(changed, encoding="utf-8")
-    os.replace(part, path)
-
-
-def _toml_row(row: LockRow) -> str:
-    fields = f'path = {json.dumps(row.path)}, size = {row.size}, sha256 = "{row.sha256}"'
-    return f"  {{ {fields}, licence = {json.dumps(row.licence)} }},"
+    write_entry(path, dataclasses.replace(known[BUILTIN], files=rows))
 
 
 def _main() -> int:
@@ -280,7 +246,7 @@ def _main() -> int:
     except WeightsError as error:
         print(f"error: {error.message}\n  try: {error.hint}", file=sys.stderr)
         return error.exit_code
-    print(f"{lock_path()}: {len(rows)} files, {sum(row.size for row in rows):,} bytes")
+    print(f"{lock_path()}: {len(rows)} files, {sum(row.size or 0 for row in rows):,} bytes")
     return 0
 
 

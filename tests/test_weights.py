@@ -11,7 +11,8 @@ import pytest
 
 from dreamsr_cli import weights
 from dreamsr_cli.errors import WeightsError
-from dreamsr_cli.weights import LockEntry, LockRow, file_sha256, load_lock, lock_entry, lock_rows, verify, write_builtin
+from dreamsr_cli.weights import file_sha256, locate, lock_rows, verify, write_builtin
+from dreamsr_cli.weights_lock import LockEntry, LockRow, load_lock, lock_entry, toml_row
 
 
 @pytest.fixture(autouse=True)
@@ -181,3 +182,102 @@ def test_the_maintainer_command_says_what_it_needs():
     result = subprocess.run([sys.executable, "-m", "dreamsr_cli.weights"], capture_output=True, text=True)
     assert result.returncode == 2
     assert "--lock-builtin" in result.stderr
+
+
+# ---------------------------------------------------------------- sources that are fetched
+
+
+def write_lock(path, folder, *, sha256=None, size=None, status=None, extra=""):
+    """A lock file with the entry "far", its first row changed as asked."""
+    rows = list(lock_rows(folder, "MIT"))
+    first = rows[0]
+    rows[0] = LockRow(
+        first.path, size if size is not None else first.size, sha256 or first.sha256, "MIT", status or "two sources"
+    )
+    body = "\n".join(map(toml_row, rows))
+    path.write_text(
+        f'format = 1\n[entries.far]\nrepository = "a/b"\nrevision = "c0ffee"\n{extra}files = [\n{body}\n]\n'
+    )
+    return path
+
+
+def test_locate_finds_and_checks_a_fetched_source(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("DREAMSR_LOCK", str(write_lock(tmp_path / "my.lock", folder)))
+    monkeypatch.setenv("DREAMSR_WEIGHTS", str(tmp_path / "weights"))
+    with pytest.raises(WeightsError, match="weights of far are not on this machine") as missing:
+        locate("far", "use --captioner describe")
+    assert missing.value.hint == "dreamsr fetch-weights far, or use --captioner describe"
+    (tmp_path / "weights").mkdir()
+    folder.rename(tmp_path / "weights" / "far")
+    assert locate("far") == tmp_path / "weights" / "far"
+    (tmp_path / "weights" / "far" / "bundle.json").write_text("[]")
+    with pytest.raises(WeightsError, match="was altered") as altered:
+        locate("far")
+    assert altered.value.hint == "dreamsr fetch-weights far"
+
+
+def test_weights_lie_in_the_cache_folder_by_default(own_cache, monkeypatch):
+    monkeypatch.delenv("DREAMSR_WEIGHTS", raising=False)
+    assert weights.weights_folder("far") == own_cache / "weights" / "far"
+    assert weights.weights_folder(weights.BUILTIN) == locate(weights.BUILTIN) == weights.BUILTIN_FOLDER
+
+
+@pytest.mark.parametrize("status", ["derived", "assumed"])
+def test_a_mismatch_in_an_unsure_row_doubts_the_pin(folder, tmp_path, status):
+    locked = lock_entry("far", write_lock(tmp_path / "my.lock", folder, status=status, sha256="0" * 64))
+    with pytest.raises(WeightsError, match="the pin is in doubt") as caught:
+        verify(folder, locked)
+    assert status in caught.value.message and "0" * 64 in caught.value.message
+    assert hashlib.sha256(b"{}").hexdigest() in caught.value.message
+
+
+def test_a_mismatch_in_a_sure_row_speaks_against_the_file(folder, tmp_path):
+    locked = lock_entry("far", write_lock(tmp_path / "my.lock", folder, status="one source", sha256="0" * 64))
+    with pytest.raises(WeightsError, match="was altered"):
+        verify(folder, locked)
+
+
+def test_figures_that_nobody_has_published_are_not_compared(folder, tmp_path):
+    path = write_lock(tmp_path / "my.lock", folder)
+    text = path.read_text().replace("size = 2,", 'size = "not found",')
+    path.write_text(text.replace(hashlib.sha256(b"{}").hexdigest(), "not found"))
+    locked = lock_entry("far", path)
+    assert locked.files[0] == LockRow("bundle.json", None, None, "MIT")
+    assert toml_row(locked.files[0]) in path.read_text()
+    (folder / "bundle.json").write_text("other")
+    verify(folder, locked)
+    (folder / "bundle.json").unlink()
+    with pytest.raises(WeightsError, match=r"bundle\.json is missing"):
+        verify(folder, locked)
+
+
+def test_what_an_entry_says_about_itself(folder, tmp_path):
+    extra = 'licence = "MIT"\ngated = true\nnote = "1 GB"\n'
+    locked = lock_entry("far", write_lock(tmp_path / "my.lock", folder, extra=extra))
+    assert (locked.licence, locked.gated, locked.note, locked.repository) == ("MIT", True, "1 GB", "a/b")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ('licence = "MIT" }', 'licence = "MIT", status = "sure" }', "status 'sure'"),
+        ("[entries.far]", '[entries."../far"]', "can't name a folder"),
+        ('revision = "c0ffee"\n', "", "no repository and revision"),
+        ("size = 2,", 'size = "unknown",', "size"),
+    ],
+)
+def test_bad_entries_are_refused(folder, tmp_path, before, after, message):
+    path = write_lock(tmp_path / "my.lock", folder)
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after, 1))
+    with pytest.raises(WeightsError, match=message):
+        load_lock(path)
+
+
+def test_the_captioners_are_pinned():
+    for name in ("llava-1.5-7b", "llava-onevision-0.5b"):
+        entry = lock_entry(name)
+        assert len(entry.revision or "") == 40 and entry.licence and not entry.bundled
+        weighty = [row for row in entry.files if row.path.endswith(".safetensors")]
+        assert weighty and all(row.sha256 for row in weighty)
+        assert all(row.sha256 or row.status == "assumed" for row in entry.files)
