@@ -1,0 +1,127 @@
+"""Settings of `dreamsr caption`: flags, `DREAMSR_*`, the `[caption]` table of ./dreamsr.toml, then the bundle.
+
+What `upscale` has too is called the same in the environment, so both commands see one grid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dreamsr_cli.cli.options import check_exclusive, check_setting, flag, parse_setting, toml_table
+from dreamsr_cli.config import CaptionConfig, from_dict
+from dreamsr_cli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class CaptionRun:
+    """What is captioned on which grid, and where the files go."""
+
+    captioner: str | None = None
+    """One of `CAPTIONERS` or a folder; None: the bundle's."""
+    model: str | None = None
+    """Name or folder of the bundle whose grid and captioner are the defaults; None: the built-in one."""
+    scale: float | None = None
+    """Factor of both sides; None: the bundle's, unless long_side or short_side is given."""
+    long_side: int | None = None
+    """Output pixels of the longer side, instead of scale."""
+    short_side: int | None = None
+    """Output pixels of the shorter side, instead of scale."""
+    tile: int | None = None
+    """Tile side in output pixels; 0: one tile."""
+    overlap: int | None = None
+    """Overlap in output pixels."""
+    prompt: str | None = None
+    """Global prompt typed by the user."""
+    device: str = "auto"
+    """"auto", "cpu", "cuda", "cuda:N", "mps" or "xpu"."""
+    max_pixels: int | None = None
+    """Most pixels of a photo that is opened, and of the canvas."""
+    out: str | None = None
+    """A file name (for one photo) or a folder; None: beside each photo."""
+    overwrite: bool = False
+    """Replace existing files."""
+    skip_existing: bool = False
+    """Leave existing files as they are."""
+
+
+_EXCLUSIVE = (("scale", "long_side", "short_side"), ("overwrite", "skip_existing"))
+_RANGES: dict[str, tuple[float, float]] = {
+    "max_words": (1, 300),
+    "tile_max_words": (1, 300),
+    "batch": (1, 64),
+    "tile_context": (0, 1024),
+    "flat": (0, 1),
+    "flat_colour": (0, 1),
+    "alike": (0, 1),
+}
+_CLASSES = (CaptionConfig, CaptionRun)
+_KINDS: dict[str, Any] = {name: kind for cls in _CLASSES for name, kind in typing.get_type_hints(cls).items()}
+
+
+def caption_options(
+    flags: Mapping[str, Any], environ: Mapping[str, str], folder: Path
+) -> tuple[CaptionConfig, CaptionRun]:
+    """Merge the layers and check every value; `flags` holds None for what wasn't typed.
+
+    Raises `UsageError` (or its child `ConfigError`) naming the flag, variable or key, and what it may be.
+    """
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for layer, names in (_from_toml(folder / "dreamsr.toml"), _from_environ(environ), _from_flags(flags)):
+        for rivals in _EXCLUSIVE:
+            check_exclusive([name for name in rivals if layer.get(name) not in (None, False)], names)
+            if any(name in layer for name in rivals):
+                values = {name: value for name, value in values.items() if name not in rivals}
+        values |= layer
+        origin |= names
+    for name, value in values.items():
+        _check(name, value, origin[name])
+    config, run = (_pick(values, cls) for cls in _CLASSES)
+    return CaptionConfig(**config), CaptionRun(**run)
+
+
+def _from_toml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    table = toml_table(path, "caption")
+    where = f"{path}: [caption]"
+    both = {key: value for key, value in table.items() if key not in _KINDS}
+    from_dict(CaptionRun, both, where)  # names the key that nobody knows
+    values: dict[str, Any] = {}
+    for cls in _CLASSES:
+        part = _pick(table, cls)
+        checked = from_dict(cls, part, where)
+        values |= {key: getattr(checked, key) for key in part}
+    return values, {name: f"{path.name}: {name}" for name in values}
+
+
+def _from_environ(environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    names = {name: f"DREAMSR_{name.upper()}" for name in _KINDS}
+    texts = {name: environ.get(variable, "").strip() for name, variable in names.items()}
+    values = {name: parse_setting(_KINDS[name], text, names[name]) for name, text in texts.items() if text}
+    return values, {name: names[name] for name in values}
+
+
+def _from_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    values = {name: value for name, value in flags.items() if value is not None}
+    return values, {name: flag(name) for name in values}
+
+
+def _check(name: str, value: Any, origin: str) -> None:
+    if name in _RANGES:
+        low, high = _RANGES[name]
+        if not low <= value <= high:
+            raise UsageError(f"{origin} {value} is out of range", f"use {low} to {high}")
+    elif name in ("instruction", "tile_instruction") and not value.strip():
+        raise UsageError(f"{origin} is empty", f"say what to describe after {flag(name)}, or leave it out")
+    elif name == "quantize" and value not in ("none", "int8", "nf4"):
+        raise UsageError(f"{origin} {value!r} is not known", "use one of: none, int8, nf4")
+    else:
+        check_setting(name, value, origin)
+
+
+def _pick(values: Mapping[str, Any], cls: type[CaptionConfig | CaptionRun]) -> dict[str, Any]:
+    return {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}

@@ -1,0 +1,193 @@
+"""One run of `dreamsr caption`: which photos, which files; then the captioner, photo by photo."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dreamsr_cli.cli.caption_options import CaptionRun
+from dreamsr_cli.cli.console import Display, explain, report, stop_if_asked
+from dreamsr_cli.cli.options import RunConfig
+from dreamsr_cli.cli.photos import Found, Job, Naming, find_photos, plan_jobs, prepare_target
+from dreamsr_cli.cli.upscaling import open_verified_bundle, silence_libraries
+from dreamsr_cli.config import CaptionConfig
+from dreamsr_cli.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_SOME_FAILED,
+    DreamSRError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from dreamsr_cli.captioning import Captioner
+    from dreamsr_cli.settings import Settings
+
+_LONGEST_NAME = 255
+
+
+@dataclass(frozen=True)
+class PromptsNaming(Naming):
+    """Names of prompts files: `-o FILE.json`, or the photo's name with .prompts.json after it."""
+
+    def target(self, item: Found) -> Path:
+        from dreamsr_cli.prompts_file import prompts_name
+
+        if self.out is not None and self.is_file:
+            return self.out
+        name = prompts_name(item.source)
+        return item.source.with_name(name) if self.out is None else self.out / item.tree / name
+
+
+class CaptioningRun:
+    """Finds, plans, captions photo by photo with one open captioner, tells and counts."""
+
+    def __init__(
+        self, inputs: list[str], config: CaptionConfig, run: CaptionRun, as_json: bool, display: Display
+    ) -> None:
+        self.inputs, self.config, self.options = inputs, config, run
+        self.as_json, self.display = as_json, display
+        self.out = os.path.expanduser(run.out) if run.out else None
+        self.done = self.failed = self.total = 0
+
+    def run(self) -> int:
+        """Caption everything; the exit code. Raises `DreamSRError` only for what concerns every photo."""
+        try:
+            self._run()
+        except KeyboardInterrupt:
+            hint = "the same command goes on" + (", with --skip-existing" if self.done else "")
+            print(f"interrupted: {self.done} of {self.total} photos done; {hint}", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        if not self.failed:
+            return EXIT_DONE
+        if self.total > 1:
+            self.display.note(f"{self.done} of {self.total} photos done, {self.failed} failed")
+        return EXIT_SOME_FAILED if self.done else EXIT_FAILED
+
+    def _run(self) -> None:
+        from dreamsr_cli.images import is_photo_name
+
+        found = find_photos(self.inputs, Path(self.out) if self.out else None, is_photo_name)
+        is_file = json_is_file(self.out, found)
+        self.total = len(found)
+        if all(item.problem for item in found):
+            for item in found:
+                self._tell(item, item.problem)
+            return
+        silence_libraries()
+        naming = PromptsNaming(Path(self.out) if self.out else None, is_file, "json", "", lambda _: 1.0)
+        plan = plan_jobs(found, naming)
+        self.total = len(plan)
+        settings = self._settings()
+        from dreamsr_cli.captioning import Captioner
+        from dreamsr_cli.device import choose_device
+
+        with Captioner(settings.captioner, self.config, choose_device(settings.device)) as captioner:
+            for number, entry in enumerate(plan, start=1):
+                stop_if_asked()
+                if isinstance(entry, Found):
+                    self._tell(entry, entry.problem)
+                    continue
+                with self.display.photo(f"[{number}/{self.total}] {entry.source.name}"):
+                    outcome = self._caption(entry, settings, captioner)
+                self._tell(entry, outcome)
+
+    def _settings(self) -> Settings:
+        """Size, tiles and captioner, with what the bundle decides filled in as for `upscale`."""
+        from dreamsr_cli.config import UpscaleConfig
+        from dreamsr_cli.settings import check_settings
+
+        run = self.options
+        asked = UpscaleConfig(
+            scale=run.scale,
+            long_side=run.long_side,
+            short_side=run.short_side,
+            tile=run.tile,
+            overlap=run.overlap,
+            captioner=run.captioner,
+            prompt=run.prompt,
+            device=run.device,
+        )
+        return check_settings(asked, open_verified_bundle(RunConfig(model=run.model), check=False))
+
+    def _caption(self, job: Job, settings: Settings, captioner: Captioner) -> dict[str, Any] | DreamSRError:
+        try:
+            if not prepare_target(job, self.options.overwrite, self.options.skip_existing):
+                return {"input": str(job.source), "output": str(job.target), "skipped": True}
+            return self._write(job, settings, captioner)
+        except UsageError as error:
+            if self.options.long_side is None and self.options.short_side is None:
+                raise  # it would be wrong for every photo
+            return error
+        except Exception as error:
+            return explain(error, f"captioning {job.source}")
+
+    def _write(self, job: Job, settings: Settings, captioner: Captioner) -> dict[str, Any]:
+        from dreamsr_cli.images import open_photo
+        from dreamsr_cli.photo_writer import check_canvas
+        from dreamsr_cli.prompts_file import write_prompts
+        from dreamsr_cli.tiling import canvas_size, make_grid
+
+        began = time.monotonic()
+        part = part_file(job.target)
+        with open_photo(job.source, job.target.parent, self.options.max_pixels) as photo:
+            size = photo.info.width, photo.info.height
+            width, height = canvas_size(*size, settings.scale, settings.long_side, settings.short_side)
+            check_canvas(job.source, width, height, "png", self.options.max_pixels)  # PNG: no limit of a format
+            grid = make_grid(height, width, settings.tile, settings.overlap)
+            plan = captioner.plan(photo, grid, width, height, settings.prompt, part, self.display)
+            for note in photo.notes:
+                self.display.note(f"{job.source.name}: {note}")
+        write_prompts(job.target, plan)
+        part.unlink(missing_ok=True)
+        return {
+            "input": str(job.source),
+            "output": str(job.target),
+            "width": width,
+            "height": height,
+            "tiles": len(plan.tiles),
+            "shared": sum(tile.shared_with is not None for tile in plan.tiles),
+            "captioner": plan.captioner.name,
+            "global_prompt": plan.global_text,
+            "seconds": round(time.monotonic() - began, 3),
+        }
+
+    def _tell(self, entry: Job | Found, outcome: dict[str, Any] | DreamSRError | None) -> None:
+        """Result on stdout, or error on stderr (and, with --json, on stdout as well); counts it."""
+        if isinstance(outcome, dict):
+            self.done += 1
+            print(json.dumps(outcome) if self.as_json else outcome["output"], flush=True)
+        elif outcome is not None:
+            self.failed += 1
+            report(outcome)
+            if self.as_json:
+                failure = {"input": str(entry.source), "error": outcome.message, "hint": outcome.hint}
+                print(json.dumps({**failure, "exit_code": outcome.exit_code}), flush=True)
+
+
+def json_is_file(out: str | None, found: list[Found]) -> bool:
+    """Whether `-o` names the one prompts file itself. Raises `UsageError` if it does, but can't."""
+    if out is None or out.endswith(("/", os.sep)) or Path(out).is_dir():
+        return False
+    if Path(out).suffix.lower() != ".json":
+        if os.path.lexists(out):
+            raise UsageError(f"-o {out} is a file, not a folder", "name a folder, or end it in .json")
+        return False
+    if len(found) != 1 or not found[0].typed:
+        raise UsageError(f"-o {out} names one file, but the input may be several photos", "name a folder after -o")
+    return True
+
+
+def part_file(target: Path) -> Path:
+    """Where finished captions lie until all of them are there."""
+    name = f"{target.name}.part.jsonl"
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = f"{hashlib.sha256(os.fsencode(target.name)).hexdigest()}.part.jsonl"
+    return target.with_name(name)
