@@ -4,13 +4,17 @@ Parameters are drawn first (`draw`), as plain data that a log or a test can hold
 picture and parameters. Two passes of blur, resize, noise and JPEG; the last JPEG and a last sinc filter come in random
 order. Ranges and chances: presets.py.
 
-Axes: C channels, P Q pixel rows and columns. Pictures are float32 RGB in [0, 1].
+Any device: filters and resizes run where the picture is; noise is drawn by numpy, and JPEG coded by Pillow, on the CPU,
+so that the draws are the same everywhere. Bytes are the same for one kind of device and one number of threads.
+
+Axes: B batch, C channels, P Q pixel rows and columns. Pictures are float32 RGB in [0, 1].
 """
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -132,14 +136,14 @@ def degrade(hq_CPQ: torch.Tensor, params: PixelParams) -> torch.Tensor:
         raise ValueError(f"picture {tuple(hq_CPQ.shape)}: expected 3 channels and sides divisible by {params.scale}")
     p, q = P // params.scale, Q // params.scale
     if not params.passes:
-        return _round8(resample.resize(hq_CPQ[None], p, q)[0])
+        return _cubic_levels(hq_CPQ, p, q)
     first, second = params.passes
     x_CPQ = _soften(hq_CPQ, first.blur)
-    x_CPQ = _interpolate(x_CPQ, round(P * first.factor), round(Q * first.factor), first.filter)
+    x_CPQ = _interpolate(x_CPQ, int(P * first.factor), int(Q * first.factor), first.filter)
     x_CPQ = add_noise(x_CPQ, first.noise, draws.generator(params.noise_seed, "noise", 1))
     x_CPQ = jpeg(x_CPQ, first.jpeg)
     x_CPQ = _soften(x_CPQ, second.blur)
-    x_CPQ = _interpolate(x_CPQ, round(p * second.factor), round(q * second.factor), second.filter)
+    x_CPQ = _interpolate(x_CPQ, int(p * second.factor), int(q * second.factor), second.filter)
     x_CPQ = add_noise(x_CPQ, second.noise, draws.generator(params.noise_seed, "noise", 2))
     if not params.sinc_first:
         x_CPQ = jpeg(x_CPQ, second.jpeg)
@@ -147,6 +151,19 @@ def degrade(hq_CPQ: torch.Tensor, params: PixelParams) -> torch.Tensor:
     if params.sinc_first:
         x_CPQ = jpeg(x_CPQ, second.jpeg)
     return _round8(x_CPQ)
+
+
+def degrade_batch(hq_BCPQ: torch.Tensor, params: Sequence[PixelParams]) -> torch.Tensor:
+    """Bad small pictures (B, 3, P/scale, Q/scale) of a batch, each by its own parameters; one scale for all.
+
+    A picture's result is that of `degrade`, whatever else is in the batch. ValueError for another number of parameters,
+    an empty batch, or different scales.
+    """
+    if len(hq_BCPQ) != len(params) or not params:
+        raise ValueError(f"{len(hq_BCPQ)} pictures, {len(params)} parameters")
+    if len({one.scale for one in params}) > 1:
+        raise ValueError(f"scales {sorted({one.scale for one in params})} in one batch")
+    return torch.stack([degrade(hq_CPQ, one) for hq_CPQ, one in zip(hq_BCPQ, params, strict=True)])
 
 
 def enlarge(lq_CPQ: torch.Tensor, P: int, Q: int) -> torch.Tensor:
@@ -179,10 +196,14 @@ def filter2d(x_CPQ: torch.Tensor, kernel: np.ndarray) -> torch.Tensor:
     Done by FFT: 1.4 ms for 3x256x256 whatever the kernel's size, where a direct 21x21 convolution takes 10 ms.
     """
     size, (P, Q) = kernel.shape[0], x_CPQ.shape[1:]
-    rows, cols = _reflected(P, size // 2), _reflected(Q, size // 2)
-    wide_CPQ = x_CPQ.index_select(1, rows).index_select(2, cols)
+    margin = size // 2
+    if margin < min(P, Q):
+        wide_CPQ = F.pad(x_CPQ, (margin,) * 4, mode="reflect")
+    else:
+        rows, cols = (_reflected(n, margin).to(x_CPQ.device) for n in (P, Q))
+        wide_CPQ = x_CPQ.index_select(1, rows).index_select(2, cols)
     shape = (_smooth(P + size - 1), _smooth(Q + size - 1))
-    flipped = torch.from_numpy(np.ascontiguousarray(kernel[::-1, ::-1], np.float32))
+    flipped = torch.from_numpy(np.ascontiguousarray(kernel[::-1, ::-1], np.float32)).to(x_CPQ.device)
     spectrum = torch.fft.rfft2(wide_CPQ, s=shape) * torch.fft.rfft2(flipped, s=shape)
     return torch.fft.irfft2(spectrum, s=shape)[:, size - 1 : size - 1 + P, size - 1 : size - 1 + Q]
 
@@ -213,14 +234,14 @@ def add_noise(x_CPQ: torch.Tensor, noise: NoiseParams, rng: np.random.Generator)
     shape = (1, *x_CPQ.shape[1:]) if noise.grey else tuple(x_CPQ.shape)
     z = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
     if noise.kind == "gaussian":
-        return (x_CPQ + z * (noise.strength / 255)).clamp(0, 1)
+        return (x_CPQ + z.to(x_CPQ.device) * (noise.strength / 255)).clamp(0, 1)
     base = luma(x_CPQ)[None] if noise.grey else x_CPQ
-    levels = (base.clamp(0, 1) * 255).round()
+    levels = (base.clamp(0, 1) * 255).round().cpu()
     used = int(torch.count_nonzero(torch.bincount(levels.flatten().to(torch.int64), minlength=256)))
     photons = 2 ** math.ceil(math.log2(used)) if used > 1 else 1
     rate = levels * (photons / 255)
     shot = (_poisson(rate, z, rng) - rate) / photons
-    return (x_CPQ + shot * noise.strength).clamp(0, 1)
+    return (x_CPQ + shot.to(x_CPQ.device) * noise.strength).clamp(0, 1)
 
 
 def _poisson(rate: torch.Tensor, z: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
@@ -245,11 +266,11 @@ def luma(x_CPQ: torch.Tensor) -> torch.Tensor:
 
 def jpeg(x_CPQ: torch.Tensor, quality: int) -> torch.Tensor:
     """The picture after a real JPEG (4:2:0), encoded and decoded in memory; float32 in [0, 1] on 8-bit levels."""
-    levels_PQC = (x_CPQ.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
+    levels_PQC = (x_CPQ.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu()
     stream = io.BytesIO()
     Image.fromarray(levels_PQC.numpy()).save(stream, "JPEG", quality=quality, subsampling="4:2:0")
     decoded_PQC = torch.from_numpy(np.array(Image.open(stream)))
-    return decoded_PQC.permute(2, 0, 1).contiguous().float() / 255
+    return decoded_PQC.permute(2, 0, 1).contiguous().to(x_CPQ.device).float() / 255
 
 
 def _soften(x_CPQ: torch.Tensor, kernel: KernelParams | None) -> torch.Tensor:
@@ -263,6 +284,20 @@ def _interpolate(x_CPQ: torch.Tensor, rows: int, cols: int, mode: str) -> torch.
         return x_CPQ
     align = None if mode == "area" else False
     return F.interpolate(x_CPQ[None], size=size, mode=mode, align_corners=align)[0]
+
+
+def _cubic_levels(x_CPQ: torch.Tensor, p: int, q: int) -> torch.Tensor:
+    """The field's cubic as its published scripts use it: `im2double`, `imresize`, `imwrite`; rounded once, halves up.
+
+    Computed on levels in float64: at x1/2, x1/4 and x1/8 weights and sums are exact, so a half is seen as one.
+    """
+    levels_CPQ = x_CPQ.cpu().double() * 255
+    whole_CPQ = levels_CPQ.round()
+    levels_CPQ = torch.where(
+        (levels_CPQ - whole_CPQ).abs() < 1e-3, whole_CPQ, levels_CPQ
+    )  # float32 of k/255 is inexact
+    small_CPQ = (resample.resize(levels_CPQ[None], p, q)[0] + 0.5).floor().clamp(0, 255)
+    return (small_CPQ.float() / 255).to(x_CPQ.device)
 
 
 def _round8(x_CPQ: torch.Tensor) -> torch.Tensor:
