@@ -1,0 +1,1 @@
+"""Scores of results: data sets, metrics with their definitions, runs, comparisons and reports."""
