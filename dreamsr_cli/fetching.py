@@ -127,7 +127,7 @@ def fetch(entry: LockEntry, folder: Path, settings: FetchSettings, progress: Pro
 
 def refuse_unpublished(entry: LockEntry) -> None:
     """Raise `WeightsError` for an entry that nobody can download."""
-    if entry.repository is None and not entry.bundled:
+    if not entry.files and not entry.bundled:
         raise WeightsError(f"{entry.name} is not published", entry.note or "train it: dreamsr train --help")
 
 
@@ -191,6 +191,8 @@ def _sources(entry: LockEntry, row: LockRow, settings: FetchSettings) -> Iterabl
     if settings.from_folder:
         yield settings.from_folder / row.path
         yield settings.from_folder / entry.name / row.path
+        return
+    if row.url is not None:
         return
     from huggingface_hub import try_to_load_from_cache
 
@@ -300,7 +302,7 @@ def _size(path: Path) -> int:
 def summary(entry: LockEntry, states: list[FileState]) -> dict[str, Any]:
     """One entry as plain data, for `--list` and `--json`. Sizes in bytes."""
     count: Callable[[str], int] = lambda kind: sum(state.state == kind for state in states)  # noqa: E731
-    if entry.repository is None and not entry.bundled:
+    if not entry.files and not entry.bundled:
         state = "not published"
     elif states and count(READY) == len(states):
         state = "ready"

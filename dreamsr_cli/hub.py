@@ -68,25 +68,27 @@ class Hub:
         part = part_of(target)
         with self._explained(entry, row.path):
             target.parent.mkdir(parents=True, exist_ok=True)
-            url = hf_hub_url(str(entry.repository), row.path, revision=entry.revision, endpoint=self.address)
-            found = get_hf_file_metadata(url, token=self.token, endpoint=self.address)
-            size = row.size if row.size is not None else found.size
-            if row.size is not None and found.size is not None and found.size != row.size:
-                raise WeightsError(
-                    f"{entry.repository}: {row.path} has {found.size:,} bytes there, weights.lock says {row.size:,}",
-                    "another mirror, or report a wrong pin",
-                )
+            headers, size, location = build_hf_headers(token=False), row.size, row.url
+            if location is None:
+                url = hf_hub_url(str(entry.repository), row.path, revision=entry.revision, endpoint=self.address)
+                found = get_hf_file_metadata(url, token=self.token, endpoint=self.address)
+                if row.sure and row.size is not None and found.size not in (None, row.size):
+                    raise WeightsError(
+                        f"{entry.repository}: {row.path} has {found.size:,} bytes there, "
+                        f"weights.lock says {row.size:,}",
+                        "another mirror, or report a wrong pin",
+                    )
+                size, location = found.size, found.location
+                if urlsplit(location).netloc == urlsplit(self.address).netloc:
+                    # A storage server gets a signed address; the token is the hub's alone.
+                    headers = build_hf_headers(token=self.token)
             have = part.stat().st_size if part.is_file() else 0
             if size is not None and have > size:
                 part.unlink()
                 have = 0
-            headers = build_hf_headers(token=self.token)
-            if urlsplit(found.location).netloc != urlsplit(self.address).netloc:
-                # A storage server gets a signed address; the token is the hub's alone.
-                headers.pop("authorization", None)
             if size is None or have < size:
                 with part.open("ab") as stream:
-                    http_get(found.location, stream, resume_size=have, headers=headers, expected_size=size)
+                    http_get(location, stream, resume_size=have, headers=headers, expected_size=size)
             elif not part.exists():
                 part.touch()
             os.replace(part, target)

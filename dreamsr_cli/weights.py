@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,11 @@ _SETTLED_SECONDS = 2.0
 # ---------------------------------------------------------------- folders
 
 
-def refuse_pickles(folder: Path) -> None:
-    """Raise `WeightsError` if any file below `folder` is a pickle by its name (.bin .pt .pth .ckpt .pkl .pickle)."""
+def refuse_pickles(folder: Path, allowed: Collection[str] = ()) -> None:
+    """Raise `WeightsError` if any file below `folder` is a pickle by its name (.bin .pt .pth .ckpt .pkl .pickle) and
+    not `allowed` (paths inside the folder)."""
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in PICKLES:
+        if path.suffix.lower() in PICKLES and path.relative_to(folder).as_posix() not in allowed:
             raise WeightsError(
                 f"{path} is a pickle, which can run code when opened",
                 "convert it to safetensors, or remove it from the folder",
@@ -66,7 +68,7 @@ def verify(folder: Path, entry: LockEntry) -> None:
         raise WeightsError(f"weights.lock lists no file for {entry.name!r}", fix)
     if not folder.is_dir():
         raise WeightsError(f"the folder of {entry.name!r} is missing: {folder}", fix)
-    refuse_pickles(folder)
+    refuse_pickles(folder, {row.path for row in entry.files if row.may_be_pickle})
     listed = {row.path for row in entry.files}
     for path in _files(folder):
         if path.suffix.lower() in UNLISTED_REFUSED and path.relative_to(folder).as_posix() not in listed:

@@ -41,11 +41,19 @@ class LockRow:
     """SPDX id."""
     status: str = STATUSES[0]
     """One of `STATUSES`."""
+    url: str | None = None
+    """Where the file lies, if it isn't in the entry's repository on the hub."""
 
     @property
     def sure(self) -> bool:
         """A mismatch speaks against the file, not against the row."""
         return self.status not in IN_DOUBT
+
+    @property
+    def may_be_pickle(self) -> bool:
+        """Metric and loss weights that exist only as a pickle or an archive of arrays are allowed by their hash;
+        whoever opens them asks for tensors only."""
+        return self.sure and self.sha256 is not None
 
 
 @dataclass(frozen=True)
@@ -131,8 +139,13 @@ def _entry(name: str, table: dict[str, Any], path: Path) -> LockEntry:
             raise WeightsError(f"{path}: {name}: {row.path}: status {row.status!r}", f"use {', '.join(STATUSES)}")
     if len({row.path for row in entry.files}) != len(entry.files):
         raise WeightsError(f"{path}: {name}: a path is listed twice", restore)
-    if not entry.bundled and entry.files and not (entry.repository and entry.revision):
-        raise WeightsError(f"{path}: {name}: no repository and revision", restore)
+    for row in entry.files:
+        if row.url is not None and not (
+            row.url.startswith(("https://", "http://127.0.0.1:")) and row.sha256 and row.sure
+        ):
+            raise WeightsError(f"{path}: {name}: {row.path}: a url needs https and a sure sha256", restore)
+        if row.url is None and not entry.bundled and not (entry.repository and entry.revision):
+            raise WeightsError(f"{path}: {name}: no repository and revision", restore)
     return entry
 
 
@@ -160,6 +173,8 @@ def toml_row(row: LockRow) -> str:
     ]
     if row.status != STATUSES[0]:
         fields.append(f"status = {json.dumps(row.status)}")
+    if row.url is not None:
+        fields.append(f"url = {json.dumps(row.url)}")
     return f"  {{ {', '.join(fields)} }},"
 
 

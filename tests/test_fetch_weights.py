@@ -17,6 +17,7 @@ import pytest
 from hub_server import COMMIT, HubState, running_hub
 
 from dreamsr_cli.cli.app import run
+from dreamsr_cli.errors import WeightsError
 from dreamsr_cli.weights import locate
 from dreamsr_cli.weights_lock import LockEntry, LockRow, load_lock, write_entry
 
@@ -56,7 +57,7 @@ def lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., LockE
             fields = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "status": "two sources"}
             files.append(LockRow(path=name, licence="MIT", **{**fields, **(rows or {}).get(name, {})}))
         plain = {"repository": "us/thing", "revision": COMMIT, "licence": "MIT", **options}
-        write_entry(path, LockEntry(name="thing", files=tuple(files) if plain["repository"] else (), **plain))
+        write_entry(path, LockEntry(name="thing", files=tuple(files) if plain["repository"] or rows else (), **plain))
         return load_lock()["thing"]
 
     return make
@@ -283,3 +284,18 @@ def test_stopped_from_outside_it_keeps_what_arrived(
     assert run(["fetch-weights", "thing"]) == 0
     assert hub.sent("unet/model.safetensors")[-1] == f"bytes={arrived}-"
     assert have(tmp_path)["unet/model.safetensors"] == large
+
+
+def test_a_row_may_lie_at_an_address_of_its_own(hub: HubState, lock: Callable, tmp_path: Path) -> None:
+    lock({name: {"url": f"{hub.address}/storage/us/thing/{name}"} for name in FILES}, repository=None, revision=None)
+    assert run(["fetch-weights", "thing"]) == 0
+    assert have(tmp_path) == FILES
+    assert not any("/resolve/" in path for _, path, _ in hub.requests)
+
+
+def test_pickles_only_by_their_hash(hub: HubState, lock: Callable, tmp_path: Path) -> None:
+    lock()
+    assert run(["fetch-weights", "thing"]) == 0
+    (tmp_path / "weights" / "thing" / "extra.pth").write_bytes(b"x")
+    with pytest.raises(WeightsError, match="pickle"):
+        locate("thing")
