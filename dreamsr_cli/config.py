@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -21,10 +22,33 @@ T = TypeVar("T")
 
 GRAIN = 16
 """Output pixels per token side (8 px per latent pixel, packed 2x2): tiles, overlaps and strips are multiples of it."""
+CAPTIONERS = ("describe", "none", "llava-1.5-7b", "llava-onevision-0.5b")
+"""Captioners by name; a folder with the weights of one of the LLaVA family is another."""
+QUANTIZATIONS = ("none", "fp8", "int8", "nf4")
+"""How weights may be kept: as they are, or in 8 bits (torchao) or 4 (bitsandbytes)."""
+OFFLOADS = ("none", "model", "block")
+"""What may wait in RAM: nothing, the network that isn't running, or every block that isn't running."""
+TILE_BATCH = 4
+"""Tiles per network call where nobody says otherwise."""
+PROMPT_MODES = ("both", "global", "local")
+"""Which texts the two networks get; see `UpscaleConfig.prompt_mode`."""
 MAX_INPUT_PIXELS = 1_000_000_000
 """Larger photos are not decoded unless `--max-pixels` says so."""
 MAX_OUTPUT_PIXELS = 2_500_000_000
 """Larger canvases are not begun unless `--max-pixels` says so."""
+
+
+def is_captioner(name: str) -> bool:
+    """Whether a setting may name this captioner: one of `CAPTIONERS`, or a folder that may hold one."""
+    return name in CAPTIONERS or bool(name) and (Path(name) / "config.json").is_file()
+
+
+def parse_memory(text: str) -> int | None:
+    """Bytes of an amount such as "24GB" or "16 GiB" (a bare number counts GB); None if it isn't one."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB|GiB|G|MB|MiB)?\s*", text, re.IGNORECASE)
+    units = {"gb": 10**9, "g": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20}
+    found = None if match is None else int(float(match[1]) * units[(match[2] or "gb").lower()])
+    return found or None
 
 
 # ---------------------------------------------------------------- bundle.json
@@ -87,7 +111,7 @@ class BundleDefaults:
     overlap: int = 64
     """Overlap of neighbouring tiles in output pixels."""
     captioner: str = "describe"
-    """"describe" or "none"."""
+    """One of `CAPTIONERS`."""
     max_text_tokens: int = 128
     """Longer prompts are cut, with a warning."""
     color_fix: str = "wavelet"
@@ -175,19 +199,30 @@ class UpscaleConfig:
     """Seed of the canvas noise; each photo draws from it alone, whatever the order of a folder."""
     prompt: str | None = None
     """Global prompt typed by the user; None: the captioner's."""
+    tile_prompt: tuple[str, ...] = ()
+    """Local prompts typed by the user, each "X,Y=TEXT": for the tiles that contain this output pixel."""
+    prompt_mode: str = "both"
+    """"both": the global prompt goes to the transformer, a tile's own to the ControlNet; "global" or "local": that
+    text goes to both (the paper's ablation)."""
     captioner: str | None = None
-    """"describe" or "none"."""
+    """What describes photo and tiles: one of `CAPTIONERS`, or a folder with weights."""
     color_fix: str | None = None
     """"wavelet", "adain" or "none"."""
-    removal: bool = True
-    """Run stage 1; False starts texture from z_lq (ablation)."""
+    removal: bool | None = None
+    """Run stage 1; False starts texture from z_lq (ablation); None: if the bundle has a Restoration LoRA."""
     precision: str = "auto"
     """"auto", "fp32", "bf16" or "fp16": dtype of the networks. auto: bf16 where the device computes it natively,
     else fp32."""
     device: str = "auto"
     """"auto", "cpu", "cuda", "cuda:N", "mps" or "xpu"."""
-    tile_batch: int = 4
-    """Tiles per network call, 1 to 64."""
+    tile_batch: int | None = None
+    """Tiles per network call, 1 to 64; None: what `memory` says, else `TILE_BATCH`."""
+    quantize: str | None = None
+    """Weights of transformer and T5, one of `QUANTIZATIONS`; None: what `memory` says, else "none"."""
+    offload: str | None = None
+    """What waits in RAM, one of `OFFLOADS`; None: what `memory` says, else "none"."""
+    memory: str | None = None
+    """Memory to stay within ("24GB": the card's, on a CPU RAM): decides what of the three above nobody gave."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +241,10 @@ class OutputConfig:
     """Most pixels of the canvas, and of a photo that is opened; None: MAX_OUTPUT_PIXELS and MAX_INPUT_PIXELS."""
     suffix: str = "_x{scale}"
     """Appended to the stem when `--out` is a folder or missing; {scale} is the factor."""
+    save_prompts: bool = False
+    """Write the prompts that were used beside the result, as a prompts file."""
+    report: bool = False
+    """Also write RESULT.report.html: where the result differs from its photo, and which tiles to look at."""
     overwrite: bool = False
     """Replace an existing result."""
     skip_existing: bool = False
@@ -217,6 +256,45 @@ class OutputConfig:
     """Drop what an interrupted run left and begin anew."""
     backoff: bool = True
     """Out of memory on a GPU: go on with smaller batches, recomputed features, offload; False: fail."""
+
+
+# ---------------------------------------------------------------- caption
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+    """Everything but the captioner and the grid that changes the texts of one photo."""
+
+    instruction: str = (
+        "Describe what this photo shows in two or three plain sentences: the main objects, what they are made of, "
+        "and where they are. Name only what is clearly visible. Do not mention the image itself, and say nothing "
+        "about focus, blur, sharpness, noise or quality."
+    )
+    """What a LLaVA is asked about the whole photo."""
+    tile_instruction: str = (
+        "This is a small part of a larger photo. Name the materials, surfaces and objects that are clearly visible "
+        "in it, in one plain sentence. Do not guess what lies outside of it, do not mention the image itself, and say "
+        "nothing about focus, blur, sharpness, noise or quality."
+    )
+    """What a LLaVA is asked about a tile."""
+    max_words: int = 60
+    """Most words of the global text, 1 to 300."""
+    tile_max_words: int = 30
+    """Most words of a tile's text, 1 to 300."""
+    batch: int = 8
+    """Tiles that a LLaVA looks at together, 1 to 64."""
+    quantize: str = "none"
+    """"none", "int8" or "nf4" (bitsandbytes): weights of the LLaVA's language model in 8 or 4 bits."""
+    tile_context: int = 64
+    """Output pixels around a tile that the LLaVA sees as well, 0 to 1024."""
+    share: bool = True
+    """Flat tiles of one colour, and tiles that look alike, are captioned once."""
+    flat: float = 0.02
+    """A tile is flat if its levels (0 to 1) spread by at most this much, between its cells and within them."""
+    flat_colour: float = 0.05
+    """Flat tiles share a text if their mean colours (0 to 1) differ by at most this much in every channel."""
+    alike: float = 0.03
+    """Tiles share a text if their cells' colours and their fine detail (0 to 1) differ by at most this much (RMS)."""
 
 
 # ---------------------------------------------------------------- reading dictionaries into dataclasses

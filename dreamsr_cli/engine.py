@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from dreamsr_cli import __version__
-from dreamsr_cli.backoff import WorkPlan, settle, smaller_tile
+from dreamsr_cli.backoff import WorkPlan, place_weights, settle, smaller_tile
 from dreamsr_cli.bundle_sizes import read_sizes
 from dreamsr_cli.canvas import STRIP, DecodedCanvas, EnlargedPhoto, encode
 from dreamsr_cli.colour import fix_strips
@@ -26,15 +27,21 @@ from dreamsr_cli.journal_files import RowFile
 from dreamsr_cli.machine import describe_machine
 from dreamsr_cli.models.autoencoder import STRIDE
 from dreamsr_cli.models.bundle import Bundle
+from dreamsr_cli.models.quantization import MemoryMode, cannot_run
 from dreamsr_cli.photo_writer import PhotoWriter, check_canvas
 from dreamsr_cli.planning import plan as plan_work
 from dreamsr_cli.planning import record_efficiency
 from dreamsr_cli.progress import Progress
-from dreamsr_cli.prompts import PromptPlan, make_plan
+from dreamsr_cli.prompts import PromptPlan, photo_id
+from dreamsr_cli.prompts_file import write_prompts
+from dreamsr_cli.prompts_in_use import give_prompts, make_prompts, place_to_save
 from dreamsr_cli.sampler import CONTROL_BYTES, ENCODE, PIXELS, REMOVE, Sampler, Texts, texture_name
 from dreamsr_cli.settings import Settings, check_settings
 from dreamsr_cli.tiling import TileGrid
 from dreamsr_cli.workload import Limits
+
+CAPTIONS_FILE = "captions.jsonl"
+"""In the journal: what the captioner has said so far."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,8 @@ class UpscaleResult:
     model: str
     bundle_sha256: str
     global_prompt: str
+    prompts: Path | None
+    saved_prompts: Path | None
     notes: tuple[str, ...]
     seconds: float
 
@@ -73,12 +82,14 @@ def upscale(
     config: UpscaleConfig,
     output: OutputConfig,
     progress: Progress,
+    prompts: Path | None = None,
 ) -> UpscaleResult:
     """Restore `photo_path` at a larger size and write `out_path`, whole or not at all.
 
     The calls in order are the method. Work lies in a journal beside the output: the same call goes on where a killed
-    one stopped. Raises `UsageError` for settings that make no sense with this bundle, `InputError`, `OutputError`,
-    `JournalError`, `WeightsError`, `DeviceError`.
+    one stopped. `prompts` is a file with this photo's prompts, which the captioner then doesn't make. Raises
+    `UsageError` for settings that make no sense with this bundle, `InputError`, `OutputError`, `JournalError`,
+    `WeightsError`, `DeviceError`.
     """
     began = time.monotonic()
     settings = check_settings(config, bundle)
@@ -100,6 +111,12 @@ def upscale(
         )
         width, height, grid, format = work.width, work.height, work.grid, work.format
         check_canvas(photo_path, width, height, max_pixels=output.max_pixels, format=format)
+        identity = photo_id(photo_path, photo.sha256, info)
+        given = give_prompts(prompts, photo_path, identity, grid, width, height, settings)
+        saved = place_to_save(photo_path, out_path, output)
+        notes = [*photo.notes, *given.notes]
+        for note in given.notes:
+            progress.note(f"{photo_path.name}: {note}")
         make_writer = partial(
             PhotoWriter,
             out_path,
@@ -115,7 +132,7 @@ def upscale(
         shape = (bundle.config.latent.channels, grid.canvas_height // STRIDE, grid.canvas_width // STRIDE)
         with Journal(
             journal_folder(out_path),
-            _fingerprint(photo, settings, bundle, output, format, device),
+            {**_fingerprint(photo, settings, bundle, output, format, device), "prompts": given.sha256},
             work.disk["total"],
             restart=output.restart,
             keep=output.resume,
@@ -123,12 +140,10 @@ def upscale(
             if journal.resumed:
                 progress.note(f"{out_path.name}: going on where the last run stopped")
             progress.phase("describe", 1)
-            made = journal.text(
-                lambda: make_plan(photo, grid, width, height, settings.captioner, settings.prompt).to_json()
-            )
-            plan = PromptPlan.from_json(made)
+            make = partial(make_prompts, photo, grid, width, height, given, settings, device)
+            plan = _prompts(journal, make, progress)
             try:
-                z_0 = _restore(enlarged, plan, grid, shape, settings, bundle, journal, output.backoff, progress)
+                z_0 = _restore(enlarged, plan, grid, shape, settings, bundle, journal, output.backoff, progress, notes)
             except torch.OutOfMemoryError as error:
                 hint = f"use --tile-batch 1, or --tile {smaller_tile(grid.tile_width)} with --restart"
                 raise DeviceError(f"{photo_path}: out of memory on {device}", hint) from error
@@ -138,8 +153,10 @@ def upscale(
             rows_done, made_by = journal.progress(PIXELS), _made_by(settings, bundle, plan)
             with make_writer(raw=journal.pixels, rows_done=rows_done, made_by=made_by) as writer:
                 _write(enlarged, decoded, writer, settings.color_fix, journal)
-        notes = (*photo.notes, *writer.notes)
-    for note in notes:
+            if saved is not None:
+                write_prompts(saved, plan)
+        notes += writer.notes
+    for note in (*photo.notes, *writer.notes):
         progress.note(f"{photo_path.name}: {note}")
     seconds = time.monotonic() - began
     if not journal.resumed:
@@ -156,9 +173,21 @@ def upscale(
         model=bundle.config.name,
         bundle_sha256=bundle.sha256,
         global_prompt=plan.global_text,
-        notes=notes,
+        prompts=prompts,
+        saved_prompts=saved,
+        notes=tuple(notes),
         seconds=seconds,
     )
+
+
+def _prompts(journal: Journal, make: Callable[[Path, Progress], PromptPlan], progress: Progress) -> PromptPlan:
+    """The photo's texts: the journal's, or those that `make` makes. Captions made before an error are worth keeping."""
+    captions = journal.folder / CAPTIONS_FILE
+    try:
+        return PromptPlan.from_json(journal.text(lambda: make(captions, progress).to_json()))
+    finally:
+        if captions.exists():
+            journal.worked()
 
 
 def _restore(
@@ -171,13 +200,16 @@ def _restore(
     journal: Journal,
     backoff: bool,
     progress: Progress,
+    notes: list[str],
 ) -> RowFile:
     """z_0 of the canvas: encode, remove, renoise, texture. Each network is opened, used and freed in its turn."""
     device, dtype = torch.device(settings.device), PRECISIONS[settings.precision]
     last = texture_name(settings.steps) if settings.strength > 0 else "z_dr"
     if journal.has(last):
         return journal.piece(last, settings.steps, shape).file
-    texts, mask_pads = _embed(plan, bundle, device, dtype, progress)
+    local_to_both = settings.prompt_mode == "local"
+    mode = MemoryMode(settings.quantize, settings.offload)
+    texts, mask_pads = _embed(plan, local_to_both, bundle, device, dtype, mode, progress, notes)
 
     encoded = "z_lq" if settings.removal else "z_dr"
     if not journal.has("z_dr"):
@@ -188,22 +220,26 @@ def _restore(
     if journal.has(last):
         return journal.piece(last, ENCODE, shape).file
 
-    restorer = bundle.open_restorer(device, dtype, mask_pads)
+    restorer = bundle.open_restorer(device, dtype, mask_pads, mode, False)
     sampling, control = bundle.config.sampling, bundle.config.control
 
     def make_sampler(work: WorkPlan) -> Sampler:
-        if work.offload:
-            restorer.offload()
+        restorer.place(work.offload)
         return Sampler(restorer, grid, texts, sampling, control, work.tile_batch, journal, progress, work.control_bytes)
 
-    start = WorkPlan(settings.tile_batch, CONTROL_BYTES)
-    work = journal.work_plan(
-        lambda: (
-            settle(start, lambda w: make_sampler(w).probe(), device, grid.tile_width, backoff, progress).to_json()
-            if device.type != "cpu"
-            else start.to_json()
-        )
-    )
+    def settled() -> dict[str, Any]:
+        start = WorkPlan(settings.tile_batch, CONTROL_BYTES, settings.offload)
+        if device.type == "cpu":
+            return start.to_json()
+        movable = not cannot_run(MemoryMode(settings.quantize, "block"), device.type)
+        start = place_weights(restorer, start, movable and backoff, progress)
+
+        def attempt(work: WorkPlan) -> None:
+            make_sampler(work).probe()
+
+        return settle(start, attempt, device, grid.tile_width, backoff, progress, movable).to_json()
+
+    work = journal.work_plan(settled)
     sampler = make_sampler(WorkPlan(**work))
     if journal.has("z_dr"):
         z_dr = journal.piece("z_dr", REMOVE, shape).file
@@ -236,7 +272,7 @@ def _fingerprint(
     """What decides the result's bytes, one by one (docs/decisions.md, Sameness)."""
     return {
         "input_sha256": photo.sha256,
-        **to_dict(settings),
+        **{name: value for name, value in to_dict(settings).items() if name != "memory"},
         "device": device.type,
         "threads": torch.get_num_threads(),
         "bundle_sha256": bundle.sha256,
@@ -251,7 +287,7 @@ def _fingerprint(
 
 def _made_by(settings: Settings, bundle: Bundle, plan: PromptPlan) -> dict[str, Any]:
     """What is recorded in the result: settings, model and version, and no path of the user's."""
-    chosen = {k: v for k, v in to_dict(settings).items() if v is not None}
+    chosen = {k: v for k, v in to_dict(settings).items() if v not in (None, [])}
     return {
         "dreamsr": __version__,
         "model": bundle.config.name,
@@ -262,17 +298,27 @@ def _made_by(settings: Settings, bundle: Bundle, plan: PromptPlan) -> dict[str, 
 
 
 def _embed(
-    plan: PromptPlan, bundle: Bundle, device: torch.device, dtype: torch.dtype, progress: Progress
+    plan: PromptPlan,
+    local_to_both: bool,
+    bundle: Bundle,
+    device: torch.device,
+    dtype: torch.dtype,
+    mode: MemoryMode,
+    progress: Progress,
+    notes: list[str],
 ) -> tuple[Texts, bool]:
-    """Embeddings of the global and of every local prompt, and whether padding is masked. The encoder is freed."""
-    encoder = bundle.open_text_encoder(device, dtype)
+    """Embeddings of the global and of every local prompt, and whether padding is masked. The encoder is freed; what
+    was cut is added to `notes`."""
+    encoder = bundle.open_text_encoder(device, dtype, mode)
     local = [tile.text for tile in plan.tiles]
-    embeddings, cut = encoder.encode([plan.global_text, *local], bundle.config.defaults.max_text_tokens)
+    most = bundle.config.defaults.max_text_tokens
+    embeddings, cut = encoder.encode([plan.global_text, *local], most)
     for index in cut:
-        which = "the global prompt" if index == 0 else f"the prompt of tile {index - 1}"
-        progress.note(f"{which} is longer than {bundle.config.defaults.max_text_tokens} tokens and was cut")
+        which = f"the prompt of tile {index - 1}, {list(plan.tiles[index - 1].box)}," if index else "the global prompt"
+        notes.append(f"{which} is longer than {most} tokens and was cut")
+        progress.note(notes[-1])
     progress.advance()
-    return Texts(embeddings[0], embeddings[1:]), not encoder.pads_are_seen
+    return Texts(embeddings[0], embeddings[1:], local_to_both, most), not encoder.pads_are_seen
 
 
 def _release(device: torch.device) -> None:

@@ -7,16 +7,20 @@ Prompts) is made to be read and edited by hand.
 from __future__ import annotations
 
 import os
+import unicodedata
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dreamsr_cli.config import from_dict, to_dict
 from dreamsr_cli.errors import ConfigError, UsageError
-from dreamsr_cli.images import Photo
+from dreamsr_cli.images import Photo, PhotoInfo
 from dreamsr_cli.models.captioner import CellMeans, Describer
 from dreamsr_cli.tiling import Tile, TileGrid
 
 FORMAT = 1
+LONGEST_TEXT = 10_000
+"""Characters of a prompt that a person gives; no text encoder reads as many."""
 _STRIP_ROWS = 256
 
 
@@ -133,9 +137,8 @@ def make_plan(
         global_text, source = global_prompt, "user"
     if len(grid.tiles) == 1:
         tile_texts = [global_text]
-    name = os.fsencode(photo.path.name).decode("utf-8", "replace")  # it may hold bytes that are no text
     return PromptPlan(
-        photo=PhotoId(name, photo.sha256, photo.info.width, photo.info.height),
+        photo=photo_id(photo.path, photo.sha256, photo.info),
         canvas=(out_width, out_height),
         tile=max(grid.tile_height, grid.tile_width),
         overlap=grid.overlap,
@@ -144,6 +147,25 @@ def make_plan(
         tiles=tuple(TilePrompt(tile.box, text) for tile, text in zip(grid.tiles, tile_texts, strict=True)),
         captioner=maker,
     )
+
+
+def text_problem(text: str) -> tuple[int, str] | None:
+    """Why a prompt can't be used, and the offset of the reason; None for a good one.
+
+    Refused are control characters other than white space, half characters (surrogates) and texts of more than
+    `LONGEST_TEXT` characters.
+    """
+    for offset, character in enumerate(text[: LONGEST_TEXT + 1]):
+        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\t\n\r":
+            return offset, f"the text holds the control character U+{ord(character):04X}"
+    if len(text) > LONGEST_TEXT:
+        return LONGEST_TEXT, f"a text of {len(text):,} characters; {LONGEST_TEXT:,} are the most"
+    return None
+
+
+def photo_id(path: Path, sha256: str, info: PhotoInfo) -> PhotoId:
+    """Which photo this is. Bytes of its name that are no text become signs that are."""
+    return PhotoId(os.fsencode(path.name).decode("utf-8", "replace"), sha256, info.width, info.height)
 
 
 def _describe(photo: Photo, grid: TileGrid, out_width: int, out_height: int) -> tuple[str, list[str]]:

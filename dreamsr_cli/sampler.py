@@ -25,6 +25,7 @@ from dreamsr_cli.journal_files import RowFile
 from dreamsr_cli.models.autoencoder import STRIDE
 from dreamsr_cli.models.bundle import Restorer
 from dreamsr_cli.models.conditioned_dit import Injections
+from dreamsr_cli.models.flux_control import FluxControl
 from dreamsr_cli.models.text_encoder import TextEmbedding, stack
 from dreamsr_cli.multidiffusion import blend_rows, finished_rows, slots_needed
 from dreamsr_cli.progress import Progress
@@ -49,12 +50,17 @@ class Texts:
     """Global prompt, batch 1."""
     local: Sequence[TextEmbedding]
     """Local prompt of each tile in the grid's order, batch 1 each."""
+    local_to_both: bool = False
+    """The transformer gets each tile's local prompt too, instead of the global one (ablation)."""
+    most_tokens: int = 0
+    """Tokens of the longest prompt that the bundle takes; 0 where the texts of a photo are never edited."""
 
     @property
     def length(self) -> int:
-        """Tokens of the longest local prompt: every batch is padded to it, so that no batch depends on its
-        neighbours."""
-        return max(e.tokens_BTD.shape[1] for e in self.local)
+        """Tokens that every local prompt is padded to: with several tiles as many as a prompt can have, so that
+        another text in one tile doesn't round the numbers of the others differently."""
+        longest = max(e.tokens_BTD.shape[1] for e in self.local)
+        return longest if len(self.local) == 1 else max(longest, self.most_tokens)
 
 
 class Sampler:
@@ -155,7 +161,7 @@ class Sampler:
         t_r = self.sampling.t_r
         injections = self._control(z_BCHW, tiles, t_r, guidance)
         with nullcontext() if self.restorer.lora is None else self.restorer.lora.on():
-            made_BCHW = self.restorer.dit(z_BCHW, self._time(t_r), self._glob, injections, guidance)
+            made_BCHW = self.restorer.dit(z_BCHW, self._time(t_r), self._dit_text(tiles), injections, guidance)
         # The condition is z_lq itself here, so a correction is t_r times the velocity.
         return made_BCHW if self.sampling.prediction == "velocity" else made_BCHW / t_r
 
@@ -168,9 +174,9 @@ class Sampler:
         guidance: float | None,
         kept: dict[int, Injections],
     ) -> Tensor:
-        injections = self._texture_control(z_dr, tiles, t, guidance, kept)
         z_BCHW = self._crops(z, tiles)
-        made_BCHW = self.restorer.dit(z_BCHW, self._time(t), self._glob, injections, guidance)
+        injections = self._texture_control(z_BCHW, z_dr, tiles, t, guidance, kept)
+        made_BCHW = self.restorer.dit(z_BCHW, self._time(t), self._dit_text(tiles), injections, guidance)
         if self.sampling.prediction == "velocity":
             return made_BCHW
         return flow.velocity_of_correction(z_BCHW, self._crops(z_dr, tiles), made_BCHW, t)
@@ -198,23 +204,47 @@ class Sampler:
                 ready = finished
 
     def _texture_control(
-        self, z_dr: RowFile, tiles: tuple[Tile, ...], t: float, guidance: float | None, kept: dict[int, Injections]
+        self,
+        z_BCHW: Tensor,
+        z_dr: RowFile,
+        tiles: tuple[Tile, ...],
+        t: float,
+        guidance: float | None,
+        kept: dict[int, Injections],
     ) -> Injections:
         """Control features of stage 2, from memory where they don't depend on the step and fit `control_bytes`."""
         found = kept.get(tiles[0].index)
         if found is not None:
             return found
-        made = self._control(self._crops(z_dr, tiles), tiles, t, guidance)
+        made = self._control(self._crops(z_dr, tiles), tiles, t, guidance, z_BCHW)
         if self.control.timestep == "clean" and (len(kept) + 1) * made.size <= self.control_bytes:
             kept[tiles[0].index] = made
         return made
 
-    def _control(self, condition_BCHW: Tensor, tiles: tuple[Tile, ...], t: float, guidance: float | None) -> Injections:
-        text = stack([self.texts.local[tile.index] for tile in tiles], self.texts.length).to(self.device, self.dtype)
+    def _control(
+        self,
+        condition_BCHW: Tensor,
+        tiles: tuple[Tile, ...],
+        t: float,
+        guidance: float | None,
+        noisy_BCHW: Tensor | None = None,
+    ) -> Injections:
+        text = self._local_text(tiles)
         seen = 0.0 if self.control.timestep == "clean" else t
         times = self._time(seen).expand(len(tiles))
-        features = self.restorer.controlnet(condition_BCHW, times, text, self.restorer.dit.mask_pads, guidance)
+        controlnet, mask_pads = self.restorer.controlnet, self.restorer.dit.mask_pads
+        if isinstance(controlnet, FluxControl):
+            features = controlnet(condition_BCHW, times, text, mask_pads, guidance, noisy_BCHW)
+        else:
+            features = controlnet(condition_BCHW, times, text, mask_pads, guidance)
         return self.restorer.dit.prepare(features, self.control.scale)
+
+    def _dit_text(self, tiles: tuple[Tile, ...]) -> TextEmbedding:
+        """The transformer's text: one for all tiles, or one for each."""
+        return self._local_text(tiles) if self.texts.local_to_both else self._glob
+
+    def _local_text(self, tiles: tuple[Tile, ...]) -> TextEmbedding:
+        return stack([self.texts.local[tile.index] for tile in tiles], self.texts.length).to(self.device, self.dtype)
 
     def _crops(self, canvas: RowFile, tiles: tuple[Tile, ...]) -> Tensor:
         return torch.from_numpy(np.stack([canvas.crop(*tile.latent_box()) for tile in tiles])).to(self.device)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dreamsr_cli.config import UpscaleConfig
+from dreamsr_cli.config import CAPTIONERS, PROMPT_MODES, TILE_BATCH, UpscaleConfig, is_captioner
 from dreamsr_cli.errors import UsageError
+from dreamsr_cli.memory_choice import choose_memory
 from dreamsr_cli.models.bundle import Bundle
+from dreamsr_cli.prompt_fitting import parse_tile_prompts
+from dreamsr_cli.prompts import text_problem
 from dreamsr_cli.tiling import check_tiling
 
 COLOR_FIXES = ("wavelet", "adain", "none")
-CAPTIONERS = ("describe", "none")
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,18 @@ class Settings:
     guidance: float | None
     seed: int
     prompt: str | None
+    tile_prompt: tuple[str, ...]
+    prompt_mode: str
     captioner: str
     color_fix: str
     removal: bool
     precision: str
     device: str
     tile_batch: int
+    quantize: str
+    offload: str
+    memory: str | None
+    """What `--memory` chose, as a sentence."""
 
 
 def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
@@ -59,22 +67,44 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
         guidance=pick(config.guidance, sampling.guidance),
         seed=config.seed,
         prompt=config.prompt,
+        tile_prompt=config.tile_prompt,
+        prompt_mode=config.prompt_mode,
         captioner=pick(config.captioner, defaults.captioner),
         color_fix=pick(config.color_fix, defaults.color_fix),
-        removal=config.removal,
+        removal=pick(config.removal, "lora" in bundle.config.parts),
         precision=config.precision,
         device=config.device,
-        tile_batch=config.tile_batch,
+        tile_batch=pick(config.tile_batch, TILE_BATCH),
+        quantize=pick(config.quantize, "none"),
+        offload=pick(config.offload, "none"),
+        memory=None,
     )
     check_tiling(settings.tile, settings.overlap)
     _check_range("--steps", settings.steps, 1, 100)
     _check_range("--strength", settings.strength, 0, 1)
     _check_range("--tile-batch", settings.tile_batch, 1, 64)
     _check_choice("--color-fix", settings.color_fix, COLOR_FIXES)
-    _check_choice("--captioner", settings.captioner, CAPTIONERS)
+    if not is_captioner(settings.captioner):
+        known = ", ".join(CAPTIONERS)
+        raise UsageError(f"--captioner {settings.captioner!r} is not known", f"use one of: {known}, or a LLaVA folder")
+    _check_choice("--prompt-mode", settings.prompt_mode, PROMPT_MODES)
+    _check_prompts(settings)
+    if settings.removal and "lora" not in bundle.config.parts:
+        message = f"--removal: model {bundle.config.name} has no Restoration LoRA, so there is no stage 1"
+        raise UsageError(message, "leave --removal out")
     if config.guidance is not None and sampling.guidance is None:
         raise UsageError(f"--guidance: model {bundle.config.name} has no guidance input", "leave --guidance out")
-    return settings
+    return choose_memory(settings, config, bundle)
+
+
+def _check_prompts(settings: Settings) -> None:
+    parse_tile_prompts(settings.tile_prompt)
+    if settings.prompt is not None and (found := text_problem(settings.prompt)):
+        raise UsageError(f"--prompt: {found[1]}", "write plain words")
+    if settings.prompt_mode == "global" and settings.tile_prompt:
+        raise UsageError("--tile-prompt has no effect with --prompt-mode global", "leave out one of the two")
+    if settings.prompt_mode == "local" and settings.prompt is not None:
+        raise UsageError("--prompt has no effect with --prompt-mode local", "leave out one of the two")
 
 
 def _check_range(flag: str, value: float, low: float, high: float) -> None:

@@ -19,10 +19,11 @@ from dreamsr_cli.cli.app import run
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_a_folder(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("DREAMSR_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("DREAMSR_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture
@@ -70,6 +71,19 @@ def looping_folder() -> None:
 def result_is_a_folder() -> None:
     photo("a.png")
     Path("out/a_x1.png").mkdir(parents=True)
+
+
+def prompts(name: str = "p.json", **changes: Any) -> None:
+    """A photo a.png and a prompts file for it at --scale 1, but for the changes."""
+    photo("a.png")
+    plan = {"format": 1, "photo": {"name": "a.png"}, "canvas": [20, 16], "global": {"text": "noise"}}
+    tiles = [{"box": [0, 0, 32, 16], "text": "noise"}]
+    Path(name).write_text(json.dumps({**plan, "tile": 32, "tiles": tiles, **changes}, indent=1))
+
+
+def raw_prompts(data: bytes, name: str = "p.json") -> None:
+    photo("a.png")
+    Path(name).write_bytes(data)
 
 
 Make = Callable[[], Any]
@@ -135,6 +149,58 @@ PHOTOS: dict[str, tuple[Make, list[str], int, str]] = {
     ),
     "one of two": (lambda: (photo("a.png"), Path("b.png").touch()), ["a.png", "b.png", "--scale", "1"], 3, "is empty"),
 }
+_WITH = ["a.png", "--scale", "1", "--prompts", "p.json"]
+PROMPTS: dict[str, tuple[Make, list[str], int, str]] = {
+    "missing prompts": (lambda: photo("a.png"), _WITH, 1, "p.json doesn't exist"),
+    "missing folder of prompts": (lambda: photo("a.png"), ["a.png", "--prompt-dir", "p"], 1, "--prompt-dir p doesn't"),
+    "prompts of another photo": (
+        lambda: prompts(photo={"sha256": "0" * 64}),
+        _WITH,
+        1,
+        "p.json, line 4: the prompts are of another photo",
+    ),
+    "prompts of another name": (lambda: prompts(photo={"name": "b.png"}), _WITH, 1, "are of b.png, not of a.png"),
+    "prompts without a tile": (lambda: prompts(tiles=[]), _WITH, 1, "tile 0 with the box [0, 0, 32, 16] is missing"),
+    "prompts of another shape": (lambda: prompts(canvas=[20, 20], tile=0), _WITH, 1, "line 6: a canvas of"),
+    "prompts that are text": (lambda: raw_prompts(b"a cat"), _WITH, 1, "p.json, line 1, column 1: not valid JSON"),
+    "prompts in a folder of that name": (
+        lambda: (photo("a.png"), Path("p/a.png.prompts.json").mkdir(parents=True)),
+        ["a.png", "--prompts", "p"],
+        1,
+        "a.png.prompts.json is a folder, not a file of prompts",
+    ),
+    "folder without prompts": (
+        lambda: (photo("a.png"), Path("p").mkdir()),
+        ["a.png", "--prompts", "p"],
+        1,
+        "a.png: p holds no prompts for it",
+    ),
+    "10 MB of prompts": (lambda: raw_prompts(b'"' + b"a" * 10**7), _WITH, 1, "p.json is larger than 10 MB"),
+    "prompts with control characters": (
+        lambda: prompts(tiles=[{"box": [0, 0, 32, 16], "text": "a\x1b]0;x"}]),
+        _WITH,
+        1,
+        "the text holds the control character U+001B",
+    ),
+    "raw control characters": (lambda: raw_prompts(b'{"caption": "\x1b"}'), _WITH, 1, "Invalid control character"),
+    "empty prompts": (lambda: raw_prompts(b""), _WITH, 1, "p.json is empty"),
+    "prompts in UTF-16": (lambda: raw_prompts('{"caption": "a"}'.encode("utf-16")), _WITH, 1, "line 1: not UTF-8"),
+    "prompts from a device": (lambda: photo("a.png"), ["a.png", "--prompts", "/dev/zero"], 1, "not a regular file"),
+    "point outside": (lambda: photo("a.png"), ["a.png", "--tile-prompt", "80,0=a"], 1, "lies outside of the result"),
+    "no LLaVA": (lambda: photo("a.png"), ["a.png", "--captioner", "llava-1.5-7b"], 1, "llava-1.5-7b are not on this"),
+    "prompts are there already": (
+        lambda: raw_prompts(b"", "a.png.prompts.json"),
+        ["a.png", "--save-prompts"],
+        1,
+        "a.png.prompts.json exists already",
+    ),
+    "bad prompts of one of two": (
+        lambda: (prompts("a.png.prompts.json", format=2), photo("b.png"), Path("b.txt").write_text("noise")),
+        ["a.png", "b.png", "--scale", "1", "--prompts", "."],
+        3,
+        "a.png.prompts.json, line 2: format is 2",
+    ),
+}
 PLACES: dict[str, tuple[Make, list[str], int, str]] = {
     "result exists": (lambda: (photo("a.png"), photo("b.png")), ["a.png", "-o", "b.png"], 1, "exists already"),
     "result is a folder": (result_is_a_folder, ["a.png", "-o", "out", "--scale", "1"], 1, "is a folder"),
@@ -197,9 +263,9 @@ def files() -> list[str]:
     return sorted(str(path) for path in Path().rglob("*"))
 
 
-@pytest.mark.parametrize("name", [*PHOTOS, *PLACES])
+@pytest.mark.parametrize("name", [*PHOTOS, *PROMPTS, *PLACES])
 def test_bad_photos_and_places(name: str, tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    make, arguments, expected, words = (PHOTOS | PLACES)[name]
+    make, arguments, expected, words = (PHOTOS | PROMPTS | PLACES)[name]
     make()
     before = files()
     code = run([*tiny, *arguments])

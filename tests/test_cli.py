@@ -329,3 +329,12 @@ def test_an_interruption_is_one_line_and_leaves_nothing_half_written(small, sent
     assert err.splitlines()[-1].startswith("interrupted: 0 of 1 photos done")
     assert "Traceback" not in err
     assert not [path for path in Path("out").rglob("*") if path.is_file()]
+
+
+def test_report_lies_beside_the_result(small, capsys):
+    photo("a.png", 64, 48)
+    assert run(["upscale", "a.png", "-o", "out.png", "--report", "--json", "--strength", "0", *small]) == 0
+    line = json.loads(capsys.readouterr().out)
+    page = Path(line["report"])
+    assert page.name == "out.png.report.html" and "<svg" in page.read_text(encoding="utf-8")
+    assert line["fidelity"]["width"] == 128 and line["fidelity"]["delta_e_mean"] > 0

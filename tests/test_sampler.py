@@ -127,6 +127,36 @@ def test_each_tile_is_told_its_own_local_text(bench) -> None:
         assert torch.equal(seen[2].tokens_BTD[:, : own.shape[1]], own)
 
 
+def test_local_texts_may_go_to_both_networks(bench) -> None:
+    b = bench(batch=4)
+    b.texts = replace(b.texts, local_to_both=True)
+    z_lq = b.latent()
+    with Calls(b.restorer.dit) as dit:
+        whole = b.remove(z_lq)
+    for tiles, seen in zip(b.grid.batches(4), dit.inputs, strict=True):
+        padded = tiles + (tiles[-1],) * (4 - len(tiles))
+        expected = stack([b.texts.local[tile.index] for tile in padded], b.texts.length)
+        assert torch.equal(seen[2].tokens_BTD, expected.tokens_BTD)
+        assert torch.equal(seen[2].pooled_BD, expected.pooled_BD)
+    one = bench(batch=1)
+    one.texts = replace(one.texts, local_to_both=True)
+    assert np.abs(one.remove(z_lq) - whole).max() < 1e-4
+
+
+@pytest.mark.parametrize("local_to_both", [False, True])
+def test_a_longer_text_in_one_tile_changes_no_other_tile_by_a_bit(bench, local_to_both) -> None:
+    made = []
+    for words in ("grass", "long grass and wild flowers in front of an old wall of grey stone, with moss on it"):
+        b = bench(batch=4, texts=[words if index == 5 else f"tile number {index}" for index in range(12)])
+        b.texts = replace(b.texts, local_to_both=local_to_both, most_tokens=128)
+        made.append(b.remove(b.latent()))
+    top, left, height, width = b.grid.tiles[5].latent_box()
+    same_HW = (made[0] == made[1]).all(axis=0)
+    assert not same_HW[top : top + height, left : left + width].all()
+    same_HW[top : top + height, left : left + width] = True
+    assert same_HW.all()
+
+
 def test_one_tile_equals_no_tiles(bench) -> None:
     b = bench(tile=0, texts=["local words"])
     z_lq = b.latent()

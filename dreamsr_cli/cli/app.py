@@ -9,7 +9,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from dreamsr_cli import __version__
-from dreamsr_cli.cli import doctor, train, upscale
+from dreamsr_cli.cli import caption, degrade, doctor, fetch_weights, train, upscale
+from dreamsr_cli.cli import eval as evaluate
 from dreamsr_cli.cli.console import explain, report, stop_on_signals
 from dreamsr_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, DreamSRError, UsageError
 
@@ -21,7 +22,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("upscale", epilog=upscale.EPILOG)(upscale.command)
+app.command("caption", epilog=caption.EPILOG)(caption.command)
 app.command("train", epilog=train.EPILOG)(train.command)
+app.command("degrade", epilog=degrade.EPILOG)(degrade.command)
+app.command("eval", epilog=evaluate.EPILOG)(evaluate.command)
+app.command("fetch-weights", epilog=fetch_weights.EPILOG)(fetch_weights.command)
 app.command("doctor", epilog=doctor.EPILOG)(doctor.command)
 
 

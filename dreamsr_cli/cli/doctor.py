@@ -15,7 +15,7 @@ import typer
 
 from dreamsr_cli import __version__
 from dreamsr_cli.cli.console import explain, one_line
-from dreamsr_cli.cli.upscale import silence_libraries
+from dreamsr_cli.cli.upscaling import silence_libraries
 from dreamsr_cli.errors import EXIT_DONE, EXIT_FAILED
 from dreamsr_cli.weights import BUILTIN, BUILTIN_FOLDER, lock_entry, verify
 

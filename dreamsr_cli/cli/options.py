@@ -15,10 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreamsr_cli.config import OutputConfig, UpscaleConfig, from_dict, load_toml
+from dreamsr_cli.config import (
+    CAPTIONERS,
+    OFFLOADS,
+    PROMPT_MODES,
+    QUANTIZATIONS,
+    OutputConfig,
+    UpscaleConfig,
+    from_dict,
+    is_captioner,
+    load_toml,
+    parse_memory,
+)
 from dreamsr_cli.errors import ConfigError, UsageError
 
-TABLES = ("upscale", "train")
+TABLES = ("upscale", "caption", "train", "eval")
 """Tables that dreamsr.toml may have: one per command that reads it."""
 
 FORMAT_ALIASES = {"jpeg": "jpg", "tif": "tiff"}
@@ -38,15 +49,17 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_pixels": (1, 10**12),
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "captioner": ("describe", "none"),
+    "prompt_mode": PROMPT_MODES,
     "color_fix": ("wavelet", "adain", "none"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
+    "quantize": QUANTIZATIONS,
+    "offload": OFFLOADS,
     "format": ("auto", "png", "jpg", "webp", "tiff", "avif"),
     "bit_depth": ("auto", "8", "16"),
 }
 _DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
 _BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
-_EXCLUSIVE = (("scale", "long_side", "short_side"), ("overwrite", "skip_existing"))
+_EXCLUSIVE = (("scale", "long_side", "short_side"), ("overwrite", "skip_existing"), ("prompts", "prompt_dir"))
 """A setting of one layer drops its rivals of lower layers; two rivals in one layer are a mistake."""
 
 
@@ -60,6 +73,10 @@ class RunConfig:
     """Trained parts laid over the model."""
     out: str | None = None
     """A file name (for one photo) or a folder; None: beside each photo."""
+    prompts: str | None = None
+    """The prompts file of one photo, or a folder that holds one for each photo."""
+    prompt_dir: str | None = None
+    """A folder with texts for some of the photos; the captioner describes the others."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +113,7 @@ def upscale_options(flags: Mapping[str, Any], environ: Mapping[str, str], folder
     origin: dict[str, str] = {}
     for layer, names in (_from_toml(folder / "dreamsr.toml"), _from_environ(environ), _from_flags(flags)):
         for rivals in _EXCLUSIVE:
-            _check_exclusive([name for name in rivals if layer.get(name) not in (None, False)], names)
+            check_exclusive([name for name in rivals if layer.get(name) not in (None, False)], names)
             if any(name in layer for name in rivals):
                 for name in rivals:
                     values.pop(name, None)
@@ -105,8 +122,13 @@ def upscale_options(flags: Mapping[str, Any], environ: Mapping[str, str], folder
         origin |= names
     if "format" in values:
         values["format"] = FORMAT_ALIASES.get(values["format"].lower(), values["format"].lower())
+    if values.get("prompts") and origin.get("captioner") == flag("captioner"):
+        raise UsageError(
+            f"{origin['prompts']} and --captioner contradict each other: the texts are those of the file",
+            "leave out --captioner; or use --prompt-dir, where it describes the photos without a file",
+        )
     for name, value in values.items():
-        _check(name, value, origin[name])
+        check_setting(name, value, origin[name])
     config, output, run = (_pick(values, cls) for cls in _CLASSES)
     return UpscaleOptions(UpscaleConfig(**config), OutputConfig(**output), RunConfig(**run), origin)
 
@@ -146,7 +168,9 @@ def _from_toml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 def _from_environ(environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
     names = {name: f"DREAMSR_{name.upper()}" for name in _KINDS}
     texts = {name: environ.get(variable, "").strip() for name, variable in names.items()}
-    values = {name: _parse(_KINDS[name], text, names[name]) for name, text in texts.items() if text}
+    values = {name: parse_setting(_KINDS[name], text, names[name]) for name, text in texts.items() if text}
+    if "tile_prompt" in values:
+        values["tile_prompt"] = tuple(line for line in texts["tile_prompt"].splitlines() if line.strip())
     return values, {name: names[name] for name in values}
 
 
@@ -155,7 +179,8 @@ def _from_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str
     return values, {name: flag(name) for name in values}
 
 
-def _parse(kind: Any, text: str, variable: str) -> Any:
+def parse_setting(kind: Any, text: str, variable: str) -> Any:
+    """The value of type `kind` that the text of an environment variable says. Raises `UsageError`."""
     kinds = [k for k in (typing.get_args(kind) or (kind,)) if k is not type(None)]
     if kinds == [bool]:
         words = {
@@ -178,13 +203,15 @@ def _parse(kind: Any, text: str, variable: str) -> Any:
         raise UsageError(f"{variable}: {text!r} is not {number}", f"set it to {number}, or unset {variable}") from error
 
 
-def _check_exclusive(given: list[str], origin: Mapping[str, str]) -> None:
+def check_exclusive(given: list[str], origin: Mapping[str, str]) -> None:
+    """Raise `UsageError` if more than one of rivals is given."""
     if len(given) > 1:
         names = [origin[name] for name in given]
         raise UsageError(f"{' and '.join(names)} contradict each other", f"keep one of {', '.join(names)}")
 
 
-def _check(name: str, value: Any, origin: str) -> None:
+def check_setting(name: str, value: Any, origin: str) -> None:
+    """Raise `UsageError`, naming `origin`, unless `value` is one that the setting may have."""
     if name in _RANGES:
         low, high = _RANGES[name]
         if not low <= value <= high:
@@ -193,11 +220,18 @@ def _check(name: str, value: Any, origin: str) -> None:
         near = difflib.get_close_matches(value, _CHOICES[name], n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UsageError(f"{origin} {value!r} is not known", f"{hint}use one of: {', '.join(_CHOICES[name])}")
+    elif name == "captioner" and not is_captioner(value):
+        near = difflib.get_close_matches(value, CAPTIONERS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        known = ", ".join(CAPTIONERS)
+        raise UsageError(f"{origin} {value!r} is not known", f"{hint}use one of: {known}, or a LLaVA folder")
     elif name == "device" and not _DEVICE.fullmatch(value):
         raise UsageError(f"{origin} {value!r} is not known", "use auto, cpu, cuda, cuda:N, mps, xpu or xpu:N")
+    elif name == "memory" and parse_memory(value) is None:
+        raise UsageError(f"{origin} {value!r} is not an amount of memory", "use a number with GB or GiB, such as 24GB")
     elif name == "suffix" and ("/" in value or "\\" in value or "\0" in value):
         raise UsageError(f"{origin} {value!r} holds a path separator", "name a folder with -o instead")
-    elif name in ("out", "model", "weights") and not value.strip():
+    elif name in ("out", "model", "weights", "prompts", "prompt_dir") and not value.strip():
         raise UsageError(f"{origin} is empty", f"name something after {flag(name)}, or leave it out")
 
 

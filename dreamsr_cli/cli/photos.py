@@ -6,7 +6,7 @@ import fnmatch
 import glob
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dreamsr_cli.errors import DreamSRError, InputError, OutputError, UsageError
@@ -52,6 +52,8 @@ class Job:
 
     source: Path
     target: Path
+    tree: Path = field(default=Path(), compare=False)
+    """Folders of the source below the input that brought it up."""
 
 
 # ---------------------------------------------------------------- inputs
@@ -213,7 +215,7 @@ def plan_jobs(found: list[Found], naming: Naming) -> list[Job | Found]:
     for item in found:
         if item.problem is None:
             try:
-                job = Job(item.source, naming.target(item))
+                job = Job(item.source, naming.target(item), item.tree)
             except InputError as error:
                 plan.append(Found(item.source, problem=error))
             else:

@@ -2,44 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from dreamsr_cli.cli.console import Display, explain, make_display, report, stop_if_asked
-from dreamsr_cli.cli.options import RunConfig, UpscaleOptions, upscale_options
-from dreamsr_cli.cli.photos import (
-    EXTENSIONS,
-    Found,
-    Job,
-    Naming,
-    find_photos,
-    format_of,
-    out_is_file,
-    plan_jobs,
-    prepare_target,
-    refuse_depth,
-)
-from dreamsr_cli.cli.plan import Planner, plan_table
-from dreamsr_cli.config import OutputConfig
-from dreamsr_cli.errors import (
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_SOME_FAILED,
-    DreamSRError,
-    UsageError,
-)
-from dreamsr_cli.weights import BUILTIN, BUILTIN_FOLDER, lock_entry, verify
-
-if TYPE_CHECKING:
-    from dreamsr_cli.models.bundle import Bundle
+from dreamsr_cli.cli.console import make_display
+from dreamsr_cli.cli.options import upscale_options
+from dreamsr_cli.cli.upscaling import Upscaling
 
 EPILOG = """
 Examples:
@@ -54,6 +25,10 @@ dreamsr upscale 'scans/*.tif' -o out/ --strength 0  →  restored, no texture ad
 
 dreamsr upscale a.jpg b.jpg -o out/ --json | jq .output
 
+dreamsr upscale cat.jpg --tile-prompt '640,200=a red brick wall'  →  a text for one place
+
+dreamsr upscale cat.jpg --prompts cat.jpg.prompts.json  →  texts from a file, see docs/prompts.md
+
 dreamsr upscale scan.tif --dry-run  →  tiles, memory, disk and time, nothing written
 
 A setting can also be given in the environment (DREAMSR_TILE=512) or in table upscale of ./dreamsr.toml (tile = 512).
@@ -61,7 +36,7 @@ A setting can also be given in the environment (DREAMSR_TILE=512) or in table up
 A flag wins over the environment, and that over the file.
 """
 
-_SIZE, _METHOD, _TILES, _FILES = "Size", "Restoration", "Tiles and machine", "Results"
+_SIZE, _METHOD, _TEXT, _TILES, _FILES = "Size", "Restoration", "Prompts", "Tiles and machine", "Results"
 
 
 def command(
@@ -90,12 +65,6 @@ def command(
         float | None, typer.Option(help="Guidance of models that have it (FLUX).", rich_help_panel=_METHOD)
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise (default 42).", rich_help_panel=_METHOD)] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="What the whole photo shows, instead of the captioner.", rich_help_panel=_METHOD)
-    ] = None,
-    captioner: Annotated[
-        str | None, typer.Option(help="describe or none (default describe).", rich_help_panel=_METHOD)
-    ] = None,
     color_fix: Annotated[
         str | None, typer.Option(help="wavelet, adain or none (default wavelet).", rich_help_panel=_METHOD)
     ] = None,
@@ -107,7 +76,70 @@ def command(
         str | None, typer.Option(help="Name or folder of a model (default mini).", rich_help_panel=_METHOD)
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Folder of a training run laid over the model.", rich_help_panel=_METHOD)
+        str | None,
+        typer.Option(
+            metavar="RUN|REPO",
+            help="A training run's folder, or org/name[@revision] on the hub, laid over the model.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|DIR",
+            help="The photo's prompts file, or a folder with one for each photo.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
+    prompt_dir: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="A folder with texts for some photos: NAME.prompts.json, STEM.json or STEM.txt.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="What the whole photo shows (global prompt).", rich_help_panel=_TEXT),
+    ] = None,
+    tile_prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="X,Y=TEXT",
+            help="What is to be seen in the tiles that contain this output pixel; may be repeated.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
+    prompt_mode: Annotated[
+        str | None,
+        typer.Option(
+            help="both (global and local), or global or local for both networks (default both).",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
+    captioner: Annotated[
+        str | None,
+        typer.Option(
+            help="describe, none, llava-1.5-7b, llava-onevision-0.5b or a folder (default describe).",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
+    save_prompts: Annotated[
+        bool | None,
+        typer.Option(
+            "--save-prompts/--no-save-prompts",
+            help="Write the prompts that were used beside the result, to edit and run again.",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
+    report: Annotated[
+        bool | None,
+        typer.Option(
+            "--report/--no-report",
+            help="Also write a page beside the result: where it differs from its photo, which tiles to look at.",
+            rich_help_panel=_FILES,
+        ),
     ] = None,
     tile: Annotated[
         int | None,
@@ -127,6 +159,28 @@ def command(
     ] = None,
     precision: Annotated[
         str | None, typer.Option(help="auto, fp32, bf16 or fp16 (default auto).", rich_help_panel=_TILES)
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights of transformer and T5: none, int8, fp8 (torchao) or nf4 (bitsandbytes, GPU); default none.",
+            rich_help_panel=_TILES,
+        ),
+    ] = None,
+    offload: Annotated[
+        str | None,
+        typer.Option(
+            help="What waits in RAM: none, model (networks take turns on the card) or block (default none).",
+            rich_help_panel=_TILES,
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AMOUNT",
+            help="Memory of the card, such as 24GB: chooses --quantize, --offload and --tile-batch, and says so.",
+            rich_help_panel=_TILES,
+        ),
     ] = None,
     format: Annotated[
         str | None,
@@ -206,145 +260,6 @@ def command(
     """Restore and enlarge photos with the DreamSR method, on any machine, without a network."""
     given = dict(locals())
     flags = {name: value for name, value in given.items() if name not in ("inputs", "dry_run", "as_json", "quiet")}
+    flags["tile_prompt"] = tuple(tile_prompt) if tile_prompt else None
     options = upscale_options(flags, os.environ, Path.cwd())
     return Upscaling(inputs, options, as_json, make_display(quiet), dry_run).run()
-
-
-class Upscaling:
-    """One run of the command: finds, plans, calls the engine photo by photo, tells and counts."""
-
-    def __init__(
-        self, inputs: list[str], options: UpscaleOptions, as_json: bool, display: Display, dry_run: bool = False
-    ) -> None:
-        self.inputs, self.options, self.as_json, self.display = inputs, options, as_json, display
-        self.dry_run = dry_run
-        self.out = os.path.expanduser(options.run.out) if options.run.out else None
-        self.done = self.failed = self.total = 0
-
-    def run(self) -> int:
-        """Upscale everything; the exit code. Raises `DreamSRError` only for what concerns every photo."""
-        try:
-            self._run()
-        except KeyboardInterrupt:
-            print(f"interrupted: {self.done} of {self.total} photos done; the same command goes on", file=sys.stderr)
-            return EXIT_INTERRUPTED
-        if not self.failed:
-            return EXIT_DONE
-        if self.total > 1:
-            self.display.note(f"{self.done} of {self.total} photos done, {self.failed} failed")
-        return EXIT_SOME_FAILED if self.done else EXIT_FAILED
-
-    def _run(self) -> None:
-        from dreamsr_cli.images import is_photo_name
-
-        found = find_photos(self.inputs, Path(self.out) if self.out else None, is_photo_name)
-        is_file = out_is_file(self.out, found, is_photo_name)
-        output = self._output(is_file)
-        self.total = len(found)
-        if all(item.problem for item in found):
-            for item in found:
-                self._tell(item, item.problem)
-            return
-        silence_libraries()
-        from dreamsr_cli.engine import check_settings
-
-        bundle = open_verified_bundle(self.options.run, check=not self.dry_run)
-        check_settings(self.options.config, bundle)
-        planner = Planner(bundle, self.options.config, output) if self.dry_run else None
-        out = Path(self.out) if self.out else None
-        naming = Naming(out, is_file, output.format, output.suffix, self._factor(bundle.config.scale))
-        plan = plan_jobs(found, naming)
-        refuse_depth(plan, output.bit_depth)
-        self.total = len(plan)
-        for number, entry in enumerate(plan, start=1):
-            stop_if_asked()
-            if isinstance(entry, Found):
-                self._tell(entry, entry.problem)
-                continue
-            with self.display.photo(f"[{number}/{self.total}] {entry.source.name}"):
-                outcome = self._plan(entry, planner) if planner else self._upscale(entry, bundle, output)
-            self._tell(entry, outcome)
-
-    def _output(self, is_file: bool) -> OutputConfig:
-        """The output settings; with `-o FILE` its extension decides the format."""
-        output = self.options.output
-        if not is_file or self.out is None:
-            return output
-        if self.options.typed("suffix"):
-            raise UsageError("--suffix has no meaning with -o FILE", "leave out --suffix, or name a folder after -o")
-        if self.options.typed("format") and output.format not in ("auto", format_of(Path(self.out))):
-            hint = f"end the name in {EXTENSIONS[output.format][0]}, or leave out --format"
-            raise UsageError(f"--format {output.format} contradicts -o {self.out}", hint)
-        return replace(output, format="auto")
-
-    def _factor(self, bundle_scale: int) -> Callable[[Path], float]:
-        config = self.options.config
-
-        def factor(photo: Path) -> float:
-            if config.long_side is None and config.short_side is None:
-                return config.scale or bundle_scale
-            sides = header_size(photo)
-            if config.long_side is not None:
-                return config.long_side / max(sides)
-            return (config.short_side or 0) / min(sides)
-
-        return factor
-
-    def _upscale(self, job: Job, bundle: Bundle, output: OutputConfig) -> dict[str, Any] | DreamSRError:
-        from dreamsr_cli.engine import upscale
-
-        try:
-            if not prepare_target(job, output.overwrite, output.skip_existing):
-                return {"input": str(job.source), "output": str(job.target), "skipped": True}
-            return upscale(job.source, job.target, bundle, self.options.config, output, self.display).to_json()
-        except UsageError:
-            raise  # it would be wrong for every photo
-        except Exception as error:
-            return explain(error, f"upscaling {job.source}")
-
-    def _plan(self, job: Job, planner: Planner) -> dict[str, Any] | DreamSRError:
-        try:
-            return planner.plan(job)
-        except UsageError:
-            raise  # it would be wrong for every photo
-        except Exception as error:
-            return explain(error, f"planning {job.source}")
-
-    def _tell(self, entry: Job | Found, outcome: dict[str, Any] | DreamSRError | None) -> None:
-        """Result on stdout, or error on stderr (and, with --json, on stdout as well); counts it."""
-        if isinstance(outcome, dict):
-            self.done += 1
-            text = plan_table(outcome) if self.dry_run else outcome["output"]
-            print(json.dumps(outcome) if self.as_json else text, flush=True)
-        elif outcome is not None:
-            self.failed += 1
-            report(outcome)
-            if self.as_json:
-                failure = {"input": str(entry.source), "error": outcome.message, "hint": outcome.hint}
-                print(json.dumps({**failure, "exit_code": outcome.exit_code}), flush=True)
-
-
-def header_size(photo: Path) -> tuple[int, int]:
-    """Width and height, without decoding the pixels. Raises `InputError`."""
-    from dreamsr_cli.images import read_info
-
-    info = read_info(photo)
-    return info.width, info.height
-
-
-def open_verified_bundle(run: RunConfig, check: bool = True) -> Bundle:
-    """The bundle that `--model` and `--weights` name; the built-in one is checked against weights.lock first, unless
-    its weights are not to be read at all."""
-    from dreamsr_cli.models.bundle import open_bundle
-
-    model = run.model or BUILTIN
-    if model == BUILTIN and check:
-        verify(BUILTIN_FOLDER, lock_entry(BUILTIN))
-    return open_bundle(model, run.weights)
-
-
-def silence_libraries() -> None:
-    """Keep diffusers' and transformers' import-time remarks off stderr; what the user has set stays."""
-    for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
-        os.environ.setdefault(variable, "error")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -1,0 +1,236 @@
+"""One run of `dreamsr upscale`: which photos, which results, whose prompts; then the engine, photo by photo."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dreamsr_cli.cli.console import Display, explain, report, stop_if_asked
+from dreamsr_cli.cli.options import RunConfig, UpscaleOptions
+from dreamsr_cli.cli.photos import (
+    EXTENSIONS,
+    Found,
+    Job,
+    Naming,
+    find_photos,
+    format_of,
+    out_is_file,
+    plan_jobs,
+    prepare_target,
+    refuse_depth,
+)
+from dreamsr_cli.cli.plan import Planner, plan_table
+from dreamsr_cli.cli.prompt_paths import PromptPaths
+from dreamsr_cli.config import OutputConfig
+from dreamsr_cli.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_SOME_FAILED,
+    DreamSRError,
+    UsageError,
+)
+from dreamsr_cli.progress import Progress, SilentProgress
+from dreamsr_cli.weights import BUILTIN, BUILTIN_FOLDER, file_sha256, lock_entry, verify
+
+if TYPE_CHECKING:
+    from dreamsr_cli.engine import UpscaleResult
+    from dreamsr_cli.models.bundle import Bundle
+    from dreamsr_cli.settings import Settings
+
+
+class Upscaling:
+    """One run of the command: finds, plans, calls the engine photo by photo, tells and counts."""
+
+    def __init__(
+        self, inputs: list[str], options: UpscaleOptions, as_json: bool, display: Display, dry_run: bool = False
+    ) -> None:
+        self.inputs, self.options, self.as_json, self.display = inputs, options, as_json, display
+        self.dry_run = dry_run
+        self.out = os.path.expanduser(options.run.out) if options.run.out else None
+        self.done = self.failed = self.total = 0
+
+    def run(self) -> int:
+        """Upscale everything; the exit code. Raises `DreamSRError` only for what concerns every photo."""
+        try:
+            self._run()
+        except KeyboardInterrupt:
+            print(f"interrupted: {self.done} of {self.total} photos done; the same command goes on", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        if not self.failed:
+            return EXIT_DONE
+        if self.total > 1:
+            self.display.note(f"{self.done} of {self.total} photos done, {self.failed} failed")
+        return EXIT_SOME_FAILED if self.done else EXIT_FAILED
+
+    def _run(self) -> None:
+        from dreamsr_cli.images import is_photo_name
+
+        found = find_photos(self.inputs, Path(self.out) if self.out else None, is_photo_name)
+        is_file = out_is_file(self.out, found, is_photo_name)
+        output = self._output(is_file)
+        self.total = len(found)
+        if all(item.problem for item in found):
+            for item in found:
+                self._tell(item, item.problem)
+            return
+        silence_libraries()
+        from dreamsr_cli.engine import check_settings
+
+        bundle = open_verified_bundle(self.options.run, check=not self.dry_run, progress=self.display)
+        settings = check_settings(self.options.config, bundle)
+        if settings.memory is not None:
+            self.display.note(settings.memory)
+        planner = Planner(bundle, self.options.config, output) if self.dry_run else None
+        out = Path(self.out) if self.out else None
+        naming = Naming(out, is_file, output.format, output.suffix, self._factor(bundle.config.scale))
+        plan = plan_jobs(found, naming)
+        refuse_depth(plan, output.bit_depth)
+        self.total = len(plan)
+        jobs = sum(isinstance(entry, Job) for entry in plan)
+        self.prompt_paths = PromptPaths(self.options.run, jobs)
+        for number, entry in enumerate(plan, start=1):
+            stop_if_asked()
+            if isinstance(entry, Found):
+                self._tell(entry, entry.problem)
+                continue
+            with self.display.photo(f"[{number}/{self.total}] {entry.source.name}"):
+                outcome = self._plan(entry, planner, settings) if planner else self._upscale(entry, bundle, output)
+            self._tell(entry, outcome)
+
+    def _output(self, is_file: bool) -> OutputConfig:
+        """The output settings; with `-o FILE` its extension decides the format."""
+        output = self.options.output
+        if not is_file or self.out is None:
+            return output
+        if self.options.typed("suffix"):
+            raise UsageError("--suffix has no meaning with -o FILE", "leave out --suffix, or name a folder after -o")
+        if self.options.typed("format") and output.format not in ("auto", format_of(Path(self.out))):
+            hint = f"end the name in {EXTENSIONS[output.format][0]}, or leave out --format"
+            raise UsageError(f"--format {output.format} contradicts -o {self.out}", hint)
+        return replace(output, format="auto")
+
+    def _factor(self, bundle_scale: int) -> Callable[[Path], float]:
+        config = self.options.config
+
+        def factor(photo: Path) -> float:
+            if config.long_side is None and config.short_side is None:
+                return config.scale or bundle_scale
+            sides = header_size(photo)
+            if config.long_side is not None:
+                return config.long_side / max(sides)
+            return (config.short_side or 0) / min(sides)
+
+        return factor
+
+    def _upscale(self, job: Job, bundle: Bundle, output: OutputConfig) -> dict[str, Any] | DreamSRError:
+        from dreamsr_cli.engine import upscale
+
+        try:
+            if not prepare_target(job, output.overwrite, output.skip_existing):
+                return {"input": str(job.source), "output": str(job.target), "skipped": True}
+            prompts = self._prompts_of(job)
+            config = self.options.config
+            result = upscale(job.source, job.target, bundle, config, output, self.display, prompts)
+            return {**result.to_json(), **(self._report(result, output) if output.report else {})}
+        except UsageError:
+            raise  # it would be wrong for every photo
+        except Exception as error:
+            return explain(error, f"upscaling {job.source}")
+
+    def _report(self, result: UpscaleResult, output: OutputConfig) -> dict[str, Any]:
+        """Write the page beside the result; its path and figures."""
+        from dreamsr_cli.evaluation.fidelity import fidelity_report
+        from dreamsr_cli.evaluation.fidelity_page import write_fidelity_page
+        from dreamsr_cli.tiling import make_grid
+
+        size = (result.width, result.height)
+        grid = make_grid(result.height, result.width, result.settings.tile, result.settings.overlap)
+        found = fidelity_report(result.input, result.output, grid, size, self.display, output.max_pixels)
+        page = result.output.with_name(result.output.name + ".report.html")
+        write_fidelity_page(found, page)
+        return {"report": str(page), "fidelity": found.to_json()}
+
+    def _plan(self, job: Job, planner: Planner, settings: Settings) -> dict[str, Any] | DreamSRError:
+        try:
+            return {**planner.plan(job), **self._plan_prompts(job, settings)}
+        except UsageError:
+            raise  # it would be wrong for every photo
+        except Exception as error:
+            return explain(error, f"planning {job.source}")
+
+    def _prompts_of(self, job: Job) -> Path | None:
+        path = self.prompt_paths.of(job)
+        if path is None and self.options.run.prompt_dir:
+            self.display.note(f"{job.source.name}: no prompts in {self.options.run.prompt_dir}, it is described")
+        return path
+
+    def _plan_prompts(self, job: Job, settings: Settings) -> dict[str, Any]:
+        """Read and fit the photo's prompts as the run would; which file they come from, and notes."""
+        from dreamsr_cli.images import read_info
+        from dreamsr_cli.planning import target_size
+        from dreamsr_cli.prompts import photo_id
+        from dreamsr_cli.prompts_in_use import give_prompts
+        from dreamsr_cli.tiling import make_grid
+
+        path, info = self._prompts_of(job), read_info(job.source)
+        width, height = target_size(job.source, info, settings)
+        grid = make_grid(height, width, settings.tile, settings.overlap)
+        photo = photo_id(job.source, file_sha256(job.source), info)
+        given = give_prompts(path, job.source, photo, grid, width, height, settings)
+        for note in given.notes:
+            self.display.note(f"{job.source.name}: {note}")
+        return {"prompts": None if path is None else str(path), "notes": list(given.notes)}
+
+    def _tell(self, entry: Job | Found, outcome: dict[str, Any] | DreamSRError | None) -> None:
+        """Result on stdout, or error on stderr (and, with --json, on stdout as well); counts it."""
+        if isinstance(outcome, dict):
+            self.done += 1
+            text = plan_table(outcome) if self.dry_run else outcome["output"]
+            print(json.dumps(outcome) if self.as_json else text, flush=True)
+        elif outcome is not None:
+            self.failed += 1
+            report(outcome)
+            if self.as_json:
+                failure = {"input": str(entry.source), "error": outcome.message, "hint": outcome.hint}
+                print(json.dumps({**failure, "exit_code": outcome.exit_code}), flush=True)
+
+
+def header_size(photo: Path) -> tuple[int, int]:
+    """Width and height, without decoding the pixels. Raises `InputError`."""
+    from dreamsr_cli.images import read_info
+
+    info = read_info(photo)
+    return info.width, info.height
+
+
+def open_verified_bundle(run: RunConfig, check: bool = True, progress: Progress | None = None) -> Bundle:
+    """The bundle that `--model` and `--weights` name; a repository is fetched, and the built-in one is checked against
+    weights.lock first, unless its weights are not to be read at all."""
+    from dreamsr_cli.models.bundle import open_bundle
+    from dreamsr_cli.run_weights import local_run
+
+    fetching = (progress or SilentProgress()) if check else None
+    weights = None if run.weights is None else str(local_run(run.weights, fetching))
+    # A run's bundle names its base.
+    bundle = open_bundle(run.model or (None if weights else BUILTIN), weights)
+    own = bundle.folder == BUILTIN_FOLDER or any(part.bundle == BUILTIN for part in bundle.config.parts.values())
+    if own and check:
+        verify(BUILTIN_FOLDER, lock_entry(BUILTIN))
+    return bundle
+
+
+def silence_libraries() -> None:
+    """Keep diffusers' and transformers' import-time remarks off stderr; what the user has set stays."""
+    for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # torchao, where it is installed, and torch about torchao.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
