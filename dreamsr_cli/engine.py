@@ -288,6 +288,7 @@ def _fingerprint(
 def _made_by(settings: Settings, bundle: Bundle, plan: PromptPlan) -> dict[str, Any]:
     """What is recorded in the result: settings, model and version, and no path of the user's."""
     chosen = {k: v for k, v in to_dict(settings).items() if v not in (None, [])}
+    chosen["captioner"] = Path(settings.captioner).name  # it may be a folder
     return {
         "dreamsr": __version__,
         "model": bundle.config.name,

@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 
 from dreamsr_cli.cli.app import run
+from dreamsr_cli.cli.degrade import degrade_settings
+from dreamsr_cli.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -211,3 +213,15 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(how: signal.Signals) -> None:
     assert run(["degrade", "in", "-o", "out", *flags[:-2], "--workers", "1", "-q"]) == 0
     assert run(["degrade", "in", "-o", "whole", *flags[:-2], "--workers", "1", "-q"]) == 0
     assert content("out") == content("whole") and len(content("out")) == 601
+
+
+def test_settings_from_file_environment_and_flags(tmp_path):
+    (tmp_path / "dreamsr.toml").write_text('[degrade]\npreset = "bicubic"\ncrops = 3\nseed = 1\n', encoding="utf-8")
+    names = dict.fromkeys(("preset", "crops", "seed", "model", "device", "precision", "size"))
+    assert degrade_settings(names, {}, tmp_path) == {"preset": "bicubic", "crops": 3, "seed": 1}
+    given = degrade_settings({**names, "crops": 5}, {"DREAMSR_SEED": "7"}, tmp_path)
+    assert given == {"preset": "bicubic", "crops": 5, "seed": 7}
+    for line, words in (("cropz = 3", "unknown key 'cropz'"), ('crops = "3"', "crops = '3'")):
+        (tmp_path / "dreamsr.toml").write_text(f"[degrade]\n{line}\n", encoding="utf-8")
+        with pytest.raises(ConfigError, match=words):
+            degrade_settings(names, {}, tmp_path)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dreamsr_cli.cli.console import make_display
 from dreamsr_cli.cli.degrading import Degrading
+from dreamsr_cli.cli.options import parse_setting, toml_table
+from dreamsr_cli.errors import ConfigError
 
 EPILOG = """
 Examples:
@@ -25,6 +30,9 @@ dreamsr degrade photos/ -o erased/ --kind texture --crops 4  →  texture erased
 """
 
 _PIXEL, _TEXTURE, _CROPS = "Kind pixel", "Kind texture", "Crops"
+
+
+_NUMBERS = ("scale", "seed", "size", "crops", "batch", "workers")
 
 
 def command(
@@ -121,5 +129,29 @@ def command(
         "batch": batch,
         "workers": workers,
     }
-    given = {name: value for name, value in flags.items() if value is not None}
+    given = degrade_settings(flags, os.environ, Path.cwd())
     return Degrading(inputs, out.expanduser(), given, replay, overwrite, as_json, make_display(quiet)).run()
+
+
+_SHARED = ("seed", "model", "device", "precision")
+"""Settings that have a `DREAMSR_*` variable, those of `upscale`; the others mean something else there."""
+
+
+def degrade_settings(flags: Mapping[str, Any], environ: Mapping[str, str], folder: Path) -> dict[str, Any]:
+    """What was given: flag > `DREAMSR_*` > table `[degrade]` of ./dreamsr.toml. `flags` holds None for what wasn't
+    typed and names every setting. Raises `UsageError` naming the key or variable."""
+    path = folder / "dreamsr.toml"
+    given = toml_table(path, "degrade")
+    for key, value in given.items():
+        kind = int if key in _NUMBERS else str
+        if key not in flags:
+            near = difflib.get_close_matches(key, flags, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(flags))}"
+            raise ConfigError(f"{path}: [degrade] has an unknown key {key!r}", hint)
+        if type(value) is not kind:
+            raise ConfigError(f"{path}: [degrade] {key} = {value!r} is no {kind.__name__}", "correct the value")
+    for name in _SHARED:
+        variable = f"DREAMSR_{name.upper()}"
+        if text := environ.get(variable, "").strip():
+            given[name] = parse_setting(int if name in _NUMBERS else str, text, variable)
+    return given | {name: value for name, value in flags.items() if value is not None}

@@ -29,7 +29,7 @@ from dreamsr_cli.config import (
 )
 from dreamsr_cli.errors import ConfigError, UsageError
 
-TABLES = ("upscale", "caption", "train", "eval")
+TABLES = ("upscale", "caption", "degrade", "train", "eval")
 """Tables that dreamsr.toml may have: one per command that reads it."""
 
 FORMAT_ALIASES = {"jpeg": "jpg", "tif": "tiff"}
