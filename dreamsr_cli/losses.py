@@ -1,4 +1,5 @@
-"""The training losses of method.md: eq. 5 (velocity), eq. 6 (pixels and perception at small t), eq. 7 (removal).
+"""The training losses of method.md: eq. 5 (velocity), eq. 6 (pixels and perception at small t), eq. 7 (removal) and
+the hinge losses of its GAN term.
 
 Squared norms are means over elements, pictures are on [-1, 1] (both *ours*: the paper leaves them open). Nothing here
 knows a network besides the perceptual distance it is given; None leaves that term out.
@@ -75,19 +76,37 @@ def removal_loss(
     latent_weight: float = 1.0,
     pixel_weight: float = 1.0,
     perceptual_weight: float = 2.0,
+    fake_logits: torch.Tensor | None = None,
+    gan_weight: float = 0.5,
     kind: str = "mse",
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Eq. 7 without its GAN term: the weighted sum, and its terms before weighting, for a log.
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Eq. 7: the weighted sum, and its terms before weighting, detached, for a log.
 
     z_dr is the restored latent and z_0 the good picture's; `decoded_BCPQ` is z_dr decoded, pictures on [-1, 1];
-    `perceptual_weight` is the paper's lambda_1.
+    `perceptual_weight` and `gan_weight` are the paper's lambda_1 and lambda_2; `fake_logits` is what the discriminator
+    says about `decoded_BCPQ`, None leaves the GAN term out.
     """
     latent = (z_dr_BCHW - z0_BCHW).square().mean()
     pixel = pixel_distance(decoded_BCPQ, target_BCPQ, kind)
     loss = latent_weight * latent + pixel_weight * pixel
-    terms = {"removal_latent": float(latent.detach()), "removal_pixel": float(pixel.detach())}
+    terms = {"removal_latent": latent.detach(), "removal_pixel": pixel.detach()}
     if perceptual is not None and perceptual_weight:
         perception = perceptual(decoded_BCPQ, target_BCPQ).mean()
         loss = loss + perceptual_weight * perception
-        terms["removal_perceptual"] = float(perception.detach())
+        terms["removal_perceptual"] = perception.detach()
+    if fake_logits is not None and gan_weight:
+        adversarial = hinge_generator(fake_logits)
+        loss = loss + gan_weight * adversarial
+        terms["removal_gan"] = adversarial.detach()
     return loss, terms
+
+
+def hinge_generator(fake_logits: torch.Tensor) -> torch.Tensor:
+    """What the generator lowers: the mean of -D(fake) (Lim and Ye 2017)."""
+    return -fake_logits.mean()
+
+
+def hinge_discriminator(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
+    """What the discriminator lowers: mean max(0, 1 - D(real)) + mean max(0, 1 + D(fake)); 2 for one that knows
+    nothing, 0 for one that is sure."""
+    return (1 - real_logits).clamp_min(0).mean() + (1 + fake_logits).clamp_min(0).mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from itertools import islice
@@ -157,6 +158,56 @@ def test_shrunk_steps_share_one_text_and_dead_leaves_have_no_photo(make_source: 
     shrunk = source.shrunk(source.training[0], 80)
     assert min(shrunk.shape[:2]) == 80 and shrunk.dtype == np.uint8
     assert np.abs(shrunk.mean((0, 1)) - source.training[0].read().mean((0, 1))).max() < 2
+
+
+def test_full_steps_have_larger_crops_of_shrunk_photos_large_enough(tmp_path: Path) -> None:
+    """Sizes 128 to 160 by 192: with a short side of 144 and crops as large, the smaller photos are never enlarged."""
+    write_photos(tmp_path / "in")
+    source = PhotoSource(tmp_path / "in", tmp_path / "cache", 0, smallest=64)
+    settings = CropSettings(crop=64, preset="bicubic", seed=1, p_full=0.5, full_side=144, full_crop=144, usm=False)
+    sides = {}
+    for step in range(10):
+        batch = next(iter(batches(source, settings, 2, step)))
+        sides[step] = batch.hq_BCPQ.shape[-1]
+        assert batch.lq_up_BCPQ.shape == batch.hq_BCPQ.shape
+        assert (batch.local_texts == batch.global_texts) == (sides[step] == 144)
+        origins = {make_sample(source, settings, step, i).origin for i in range(2)}
+        if sides[step] == 144:
+            assert origins <= {p.name for p in source.training if min(p.height, p.width) >= 144}
+    assert set(sides.values()) == {64, 144}
+    none = dataclasses.replace(settings, p_full=1.0, full_side=256, full_crop=256)
+    assert make_sample(source, none, 0, 0).hq_CPQ.shape == (3, 64, 64), "no photo is large enough"
+    with pytest.raises(ConfigError, match="full_crop"):
+        dataclasses.replace(settings, full_crop=160)
+
+
+def test_words_of_a_prompts_file_beside_the_photo(tmp_path: Path) -> None:
+    write_photos(tmp_path / "in", 1)
+    box = [[0, 0, 96, 128], [96, 0, 192, 128]]
+    tiles = [{"box": b, "text": t, "shared_with": None} for b, t in zip(box, ("left", "right"), strict=True)]
+    plan = {
+        "format": 1,
+        "photo": {"name": "photo0.jpg"},
+        "canvas": [192, 128],
+        "global": {"text": "all"},
+        "tiles": tiles,
+    }
+    path = tmp_path / "in" / "photo0.jpg.prompts.json"
+    path.write_text(json.dumps(plan), encoding="utf-8")
+    source = PhotoSource(tmp_path / "in", tmp_path / "cache", 0, smallest=64)
+    settings = CropSettings(crop=64, preset="bicubic", seed=1, p_full=0, full_side=128, turns=1, usm=False)
+    photo = source.training[0].read()
+    seen = set()
+    for step in range(16):
+        sample = make_sample(source, settings, step, 0)
+        crop = sample.hq_CPQ.transpose(1, 2, 0)
+        (left,) = {x for y in range(65) for x in range(129) if np.array_equal(photo[y : y + 64, x : x + 64], crop)}
+        assert sample.global_text == "all" and sample.local_text == ("left" if left + 32 <= 96 else "right")
+        seen.add(sample.local_text)
+    assert seen == {"left", "right"}
+    path.write_text(json.dumps({**plan, "photo": {"name": "other.jpg"}}), encoding="utf-8")
+    with pytest.raises(TrainingError, match="held out"):
+        PhotoSource(tmp_path / "in", tmp_path / "cache", 0, smallest=64)
 
 
 def test_native_crop_lies_in_its_photo_under_one_of_the_turns(make_source: Callable[..., PhotoSource]) -> None:

@@ -20,7 +20,7 @@ from dreamsr_cli.cli.app import run as dreamsr
 from dreamsr_cli.errors import TrainingError
 from dreamsr_cli.models.bundle import PARTS, open_bundle
 from dreamsr_cli.progress import SilentProgress
-from dreamsr_cli.training.networks import Masters
+from dreamsr_cli.training.optimisers import Masters
 from dreamsr_cli.training.recipe import CropPlan, Recipe
 from dreamsr_cli.training.stages import STAGES
 from dreamsr_cli.training.trainer import TrainJob, TrainResult, train
@@ -48,14 +48,14 @@ def _own_cache(tmp_path_factory, monkeypatch) -> None:
 
 @pytest.fixture
 def job(photos, tiny_bundle, tmp_path):
-    """Makes the job of a stage; stage backbone starts from the tiny bundle."""
+    """Makes the job of a stage; all but stage autoencoder start from the tiny bundle."""
 
     def make(stage: str = "backbone", out: str = "run", recipe: Recipe = RECIPE, **settings: Any) -> TrainJob:
-        start = open_bundle(str(tiny_bundle)) if stage == "backbone" else None
-        job = TrainJob(
-            STAGES[stage], recipe, "tiny.toml", photos, tmp_path / out, start, None, False, None, CPU, torch.float32
+        start = None if stage == "autoencoder" else str(tiny_bundle)
+        return replace(
+            TrainJob(STAGES[stage], recipe, "tiny.toml", photos, tmp_path / out, init_from=start, device=CPU),
+            **settings,
         )
-        return replace(job, **settings)
 
     return make
 
@@ -115,6 +115,9 @@ def test_ctrl_c_between_steps_keeps_every_step(job) -> None:
     class Stop(SilentProgress):
         steps = 0
 
+        def phase(self, name: str, total: int) -> None:
+            self.steps = 0 if name.startswith("train ") else -100
+
         def advance(self, count: int = 1) -> None:
             self.steps += count
             if self.steps == 3:
@@ -148,14 +151,23 @@ def test_a_run_folder_belongs_to_its_settings(job, tmp_path, photos) -> None:
     assert go(job(resume=True, max_steps=1)).steps == 1
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_at_the_last_good_step(job) -> None:
-    recipe = replace(RECIPE, optim=replace(RECIPE.optim, lr=1e25, warmup=0))
-    with pytest.raises(TrainingError, match="not finite at step 1.*--max-steps 0"):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(job) -> None:
+    recipe = replace(RECIPE, save_every=1, optim=replace(RECIPE.optim, lr=1e25, warmup=0))
+    with pytest.raises(
+        TrainingError, match="not finite at step 1; last good checkpoint: .*checkpoint-1 .*--max-steps 0"
+    ):
         go(job(recipe=recipe))
     assert (job().out / "latest").read_text() == "checkpoint-1\n"
     saved = load_file(job().out / "checkpoint-1" / "weights.safetensors")
     assert all(bool(v.isfinite().all()) for v in saved.values())
     assert go(job(recipe=recipe, resume=True, max_steps=0)).steps == 1  # what the hint says works
+
+
+def test_what_a_bad_step_leaves_behind_is_not_saved(job) -> None:
+    recipe = replace(RECIPE, optim=replace(RECIPE.optim, lr=1e25, warmup=0))
+    with pytest.raises(TrainingError, match="last good checkpoint: none yet"):
+        go(job(recipe=recipe))
+    assert not (job().out / "latest").exists()
 
 
 def test_too_few_photos(job, tmp_path) -> None:
@@ -166,9 +178,8 @@ def test_too_few_photos(job, tmp_path) -> None:
 
 def test_a_stage_changes_what_it_trains_and_nothing_else(job, tiny_bundle) -> None:
     """From one bundle: the autoencoder stage leaves the networks alone, the backbone stage changes every part."""
-    start = open_bundle(str(tiny_bundle))
     for stage, changed in (("autoencoder", {"vae"}), ("backbone", set(PARTS))):
-        result = go(job(stage, stage, start=start))
+        result = go(job(stage, stage, init_from=str(tiny_bundle)))
         found = set()
         for part in PARTS:
             (file,) = (tiny_bundle / part).glob("*.safetensors")
@@ -253,7 +264,7 @@ def test_the_command_trains_both_stages_and_leaves_a_bundle_that_opens(photos, t
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [
-        (["--stage", "joint"], 2, "--stage joint: no such stage"),
+        (["--stage", "jiont"], 2, "--stage jiont: no such stage"),
         (["--config", "maxi"], 2, "no recipe named 'maxi'"),
         (["--set", "optim.lrr=1"], 2, "did you mean 'lr'?"),
         (["--set", "steps"], 2, "no '='"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,12 +12,15 @@ from tiny_models import RECIPE, networks, pictures
 
 from dreamsr_cli import flow
 from dreamsr_cli.config import SamplingConfig
-from dreamsr_cli.errors import TrainingError
+from dreamsr_cli.errors import OutputError, TrainingError
 from dreamsr_cli.training import checkpoints
-from dreamsr_cli.training.networks import MODULES, Masters, Networks, build
+from dreamsr_cli.training.networks import MODULES, Networks, build
+from dreamsr_cli.training.optimisers import Learner, Masters, learning_rate
 from dreamsr_cli.training.recipe import CropPlan
 from dreamsr_cli.training.stages import STAGES
+from dreamsr_cli.training.step_crops import blank_some, plan_of_step
 from dreamsr_cli.training.steps import (
+    Crops,
     draw_texture,
     encode_texts,
     reconstruction_step,
@@ -24,7 +28,7 @@ from dreamsr_cli.training.steps import (
     restoration_step,
     texture_velocity,
 )
-from dreamsr_cli.training.trainer import blank_some, learning_rate, plan_of_step
+from dreamsr_cli.training.watch import SETTLED, LossWatch
 
 TEXTS = (["bark of an old oak", "red bricks"], ["a forest in autumn", "a house with red walls"])
 
@@ -33,6 +37,10 @@ def batch(side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     """Good and bad crops in [0, 1]."""
     hq = (pictures(2, side, side, seed=5) + 1) / 2
     return hq, torch.nn.functional.avg_pool2d(hq, 5, 1, 2)
+
+
+def crops(step: int = 0) -> Crops:
+    return Crops(step, *batch(), *TEXTS)
 
 
 def unfreeze(made: Networks, trains: tuple[str, ...]) -> dict[str, torch.nn.Parameter]:
@@ -48,8 +56,7 @@ def without_gradient(named: dict[str, torch.nn.Parameter]) -> list[str]:
 
 def test_gradients_reach_every_trained_parameter(tiny_networks) -> None:
     named = unfreeze(tiny_networks, STAGES["backbone"].trains)
-    hq, lq_up = batch()
-    loss, terms = restoration_step(tiny_networks, RECIPE, None, 0, hq, lq_up, TEXTS)
+    loss, terms, *_ = restoration_step(tiny_networks, RECIPE, None, None, crops())
     loss.backward()
     assert without_gradient(named) == []
     assert {"removal_latent", "removal_pixel", "texture_velocity"} <= terms.keys()
@@ -81,10 +88,9 @@ def test_the_texture_part_is_conditioned_on_the_removals_result_without_its_grad
     unfreeze(made, STAGES["backbone"].trains)
     made.controlnet.register_forward_pre_hook(lambda _, args: conditions.append(args[0]))
     made.dit.register_forward_pre_hook(lambda _, args: texts.append(args[2]))
-    hq, lq_up = batch()
-    restoration_step(made, RECIPE, None, 0, hq, lq_up, TEXTS)
+    restoration_step(made, RECIPE, None, None, crops())
     local, glob = (encode_texts(made, t) for t in TEXTS)
-    z_lq = made.autoencoder.encode(lq_up * 2 - 1)
+    z_lq = made.autoencoder.encode(batch()[1] * 2 - 1)
     assert torch.equal(conditions[0], z_lq) and not conditions[1].requires_grad
     assert torch.equal(conditions[1], remove(made, z_lq, local, glob, SamplingConfig()))
     assert all(torch.equal(seen.tokens_BTD, glob.tokens_BTD) for seen in texts[:2])
@@ -130,7 +136,7 @@ def test_stage_autoencoder_trains_the_refiner(tiny_networks) -> None:
         optimizer.zero_grad()
         loss, terms = reconstruction_step(tiny_networks, batch(64)[0])
         loss.backward()
-        psnr.append(terms["psnr"])
+        psnr.append(float(terms["psnr"]))
         assert without_gradient(named) == []
         optimizer.step()
     assert psnr[-1] > psnr[0]
@@ -233,7 +239,7 @@ def test_checkpoints_replace_each_other_and_survive_a_kill(tmp_path) -> None:
     tensors, state = checkpoints.load(tmp_path) or ({}, {})
     assert state == {"note": "n", "step": 1} and tensors["weights"]["x"].tolist() == [1, 1] and tensors["empty"] == {}
     save(2, 2.0)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "latest"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "latest"]
     written = (tmp_path / "checkpoint-2" / "weights.safetensors").stat().st_mtime_ns
     save(2, 2.0)
     assert (tmp_path / "checkpoint-2" / "weights.safetensors").stat().st_mtime_ns == written
@@ -255,21 +261,70 @@ def test_a_broken_checkpoint_is_an_error_not_a_fresh_start(tmp_path, wrong) -> N
         checkpoints.load(tmp_path)
 
 
-def test_the_optimizers_state_survives_a_file(tmp_path) -> None:
-    made = networks().named(("refiner",))
-    parameters = [torch.nn.Parameter(p.detach().clone()) for p in made.values()]
+def test_a_learners_state_survives_a_file(tmp_path) -> None:
+    named = networks().named(("refiner",))
 
-    def adam() -> torch.optim.AdamW:
-        return torch.optim.AdamW([{"params": parameters[:2]}, {"params": parameters[2:]}], fused=True)
+    def learner() -> Learner:
+        return Learner({n: torch.nn.Parameter(p.detach().clone()) for n, p in named.items()}, RECIPE.optim)
 
-    one = adam()
-    for p in parameters[:-1]:
-        p.grad = torch.randn_like(p)
-    one.step()
-    save_file(checkpoints.optimizer_tensors(one, list(made)), tmp_path / "o.safetensors")
-    two = adam()
-    checkpoints.restore_optimizer(two, list(made), load_file(tmp_path / "o.safetensors"))
-    assert parameters[-1] not in two.state
-    for p in parameters[:-1]:
-        assert one.state[p].keys() == two.state[p].keys() == {"step", "exp_avg", "exp_avg_sq"}
-        assert all(torch.equal(one.state[p][k], two.state[p][k]) for k in one.state[p])
+    one, two = learner(), learner()
+    for master in one.masters.master[:-1]:
+        master.grad = torch.randn_like(master)
+    one.update(0.1, 0)
+    for name, group in one.tensors().items():
+        save_file(group, tmp_path / f"{name}.safetensors")
+    two.restore({p.stem: load_file(p) for p in tmp_path.iterdir()})
+    assert two.masters.master[-1] not in two.optimizer.state
+    for a, b in zip(one.masters.master[:-1], two.masters.master[:-1], strict=True):
+        assert torch.equal(a, b)
+        assert one.optimizer.state[a].keys() == two.optimizer.state[b].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(one.optimizer.state[a][k], two.optimizer.state[b][k]) for k in one.optimizer.state[a])
+    assert all(torch.equal(a, b) for a, b in zip(one.masters.average, two.masters.average, strict=True))
+
+
+def test_without_an_average_the_last_weights_ship() -> None:
+    live = {"x": torch.nn.Parameter(torch.ones(3))}
+    learner = Learner(live, replace(RECIPE.optim, ema=0.0))
+    learner.masters.master[0].grad = torch.ones(3)
+    learner.update(0.1, 0)
+    assert "x" not in learner.tensors()["average"] and learner.masters.average == []
+    assert torch.equal(learner.masters.shipped()[0], live["x"]) and not torch.equal(live["x"], torch.ones(3))
+
+
+def test_a_checkpoint_that_finds_no_room_leaves_the_last_one(tmp_path, monkeypatch) -> None:
+    checkpoints.save(tmp_path, 1, {"weights": {"x": torch.ones(4)}}, {})
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="No space left.*last good: .*checkpoint-1 "):
+        patch.setattr(checkpoints.os, "fsync", full)  # the disk says so at the latest when it is asked to keep a file
+        checkpoints.save(tmp_path, 2, {"weights": {"x": torch.zeros(4)}}, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "latest"]
+    tensors, state = checkpoints.load(tmp_path) or ({}, {})
+    assert state["step"] == 1 and tensors["weights"]["x"].tolist() == [1, 1, 1, 1]
+
+
+def test_old_checkpoints_are_pruned(tmp_path) -> None:
+    for step in (9, 10, 11, 12):
+        checkpoints.save(tmp_path, step, {"weights": {"x": torch.ones(1)}}, {}, keep=3)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-11", "checkpoint-12"]
+    (tmp_path / "latest").write_text("checkpoint-10\n")  # somebody went back
+    checkpoints.save(tmp_path, 11, {"weights": {"x": torch.zeros(1)}}, {}, keep=2)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-11"]
+    assert (checkpoints.load(tmp_path) or ({}, {}))[0]["weights"]["x"].tolist() == [0]
+
+
+def test_a_loss_that_explodes_is_noticed_and_a_bad_crop_is_not() -> None:
+    watch = LossWatch(20.0)
+    for _ in range(SETTLED):
+        assert watch.complaint("removal", 1.0, 1.0) is None
+    assert watch.complaint("removal", 15.0, 1.0) is None and watch.complaint("texture", 1e6, 1.0) is None
+    again = LossWatch(20.0)
+    again.restore(json.loads(json.dumps(watch.state())))
+    for made in (watch, again):
+        assert "exploded: 50" in (made.complaint("removal", 50.0, 1.0) or "")
+        assert made.complaint("removal", float("nan"), 1.0) == "the loss is not finite"
+        assert made.complaint("removal", 1.0, float("inf")) == "the gradient is not finite"
+    assert again.means == watch.means
+    assert all(LossWatch(0).complaint("x", 10.0**step, 1.0) is None for step in range(60))

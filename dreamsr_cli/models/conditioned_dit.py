@@ -7,6 +7,8 @@ Axes: B batch, C channels, H W latent, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -75,6 +77,8 @@ class ConditionedDiT(nn.Module):
         self.control_map = tuple(control_map) + (None,) * (blocks - len(control_map))
         self.mask_pads = mask_pads
         self.checkpoint_blocks = False
+        self.adapters_as_now: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Makes the context in which a checkpointed block is computed again: its adapters as they are now."""
 
     @property
     def features_needed(self) -> int:
@@ -137,7 +141,18 @@ class ConditionedDiT(nn.Module):
 
     def _run(self, block, hidden, encoder, temb, rope, kwargs):  # noqa: ANN001, ANN202
         if self.checkpoint_blocks and torch.is_grad_enabled():
-            return checkpoint(block, hidden, encoder, temb, rope, kwargs, use_reentrant=False)
+            # The backward pass comes when the LoRA has been switched off again.
+            again = self.adapters_as_now()
+            return checkpoint(
+                block,
+                hidden,
+                encoder,
+                temb,
+                rope,
+                kwargs,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), again),
+            )
         return block(
             hidden_states=hidden,
             encoder_hidden_states=encoder,

@@ -13,6 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dreamsr_cli.models.text_encoder import TextEmbedding
 from dreamsr_cli.models.tokens import joint_mask, pack, rotary
@@ -80,6 +81,7 @@ class MMControlNet(ModelMixin, ConfigMixin):
         self.transformer_blocks = trunk.transformer_blocks
         width = num_attention_heads * attention_head_dim
         self.image_projections = nn.ModuleList(zero_projection(width, mlp) for _ in range(num_layers))
+        self.checkpoint_blocks = False
 
     @classmethod
     def from_transformer(
@@ -124,13 +126,16 @@ class MMControlNet(ModelMixin, ConfigMixin):
         kwargs = joint_mask(text.mask_BT if mask_pads else None, hidden.shape[1])
         image, texts = [], []
         for block, projection in zip(self.transformer_blocks, self.image_projections, strict=True):
-            encoder, hidden = block(
-                hidden_states=hidden,
-                encoder_hidden_states=encoder,
-                temb=temb,
-                image_rotary_emb=rope,
-                joint_attention_kwargs=kwargs,
-            )
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                encoder, hidden = checkpoint(block, hidden, encoder, temb, rope, kwargs, use_reentrant=False)
+            else:
+                encoder, hidden = block(
+                    hidden_states=hidden,
+                    encoder_hidden_states=encoder,
+                    temb=temb,
+                    image_rotary_emb=rope,
+                    joint_attention_kwargs=kwargs,
+                )
             image.append(projection(hidden))
             texts.append(encoder)
         return ControlFeatures(image, texts, text.mask_BT)

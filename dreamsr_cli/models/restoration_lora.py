@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -50,6 +50,19 @@ class RestorationLoRA:
             yield
         finally:
             self._switch(False)
+
+    def as_now(self) -> AbstractContextManager[None]:
+        """A context in which the adapter is as it is at this call, whatever it was switched to meanwhile."""
+        return self._switched(self.active)
+
+    @contextmanager
+    def _switched(self, on: bool) -> Generator[None]:
+        before = self.active
+        self._switch(on)
+        try:
+            yield
+        finally:
+            self._switch(before)
 
     @property
     def active(self) -> bool:

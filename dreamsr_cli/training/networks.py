@@ -1,67 +1,140 @@
-"""The networks of a training run, and their float32 master weights.
-
-The forward and backward pass run on weights of the compute dtype (bfloat16 on this project's machines: elementwise
-work halves); the optimizer updates float32 masters, whose running average is what a bundle ships.
-"""
+"""The networks of a training run: built from nothing, from a bundle, or on a frozen pretrained transformer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+import hashlib
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from dreamsr_cli.config import BundleConfig
-from dreamsr_cli.models.autoencoder import PatchAutoencoder
-from dreamsr_cli.models.bundle import Bundle, save_bundle
+from dreamsr_cli.config import BundleConfig, ControlConfig
+from dreamsr_cli.errors import ConfigError, UsageError
+from dreamsr_cli.models.autoencoder import Autoencoder, PatchAutoencoder
+from dreamsr_cli.models.bundle import Bundle, open_bundle
 from dreamsr_cli.models.conditioned_dit import ConditionedDiT
 from dreamsr_cli.models.context_attention import ContextAttention, wake_projections
 from dreamsr_cli.models.mm_controlnet import MMControlNet
 from dreamsr_cli.models.restoration_lora import RestorationLoRA
-from dreamsr_cli.models.text_encoder import ByteTextEncoder
+from dreamsr_cli.models.text_encoder import ByteTextEncoder, TextEncoder
+from dreamsr_cli.training.distributed import whole
+from dreamsr_cli.training.latent_cache import LatentCache
+from dreamsr_cli.training.lazy_encoder import LazyTextEncoder
 from dreamsr_cli.training.recipe import Recipe
+from dreamsr_cli.training.stages import CONTROL, Stage
 
 MODULES = ("transformer", "controlnet", "context_attention", "text_encoder", "refiner")
 """Names that a stage's `trains` may use, beside "lora"."""
+TRAINING_GUIDANCE = 1.0
+"""FLUX's guidance embedding in training (method.md)."""
+TRANSFORM = ("mean_K", "basis_CK", "gain_C")
+"""The closed-form part of the built-in autoencoder."""
 
 
 @dataclass
 class Networks:
-    """All networks of a bundle of our own kind, ready to be trained."""
+    """All networks of a bundle, ready to be trained."""
 
     transformer: FluxTransformer2DModel
     controlnet: MMControlNet
-    context_attention: ContextAttention
-    text_encoder: ByteTextEncoder
-    autoencoder: PatchAutoencoder
-    lora: RestorationLoRA
+    context_attention: ContextAttention | None
+    text_encoder: TextEncoder
+    autoencoder: Autoencoder
+    lora: RestorationLoRA | None
     dit: ConditionedDiT
     config: BundleConfig
+    latent_cache: LatentCache | None = None
+    """Keeps the latents of crops that come back."""
+    device: torch.device = torch.device("cpu")
+    """Where crops and texts go."""
 
-    def module(self, name: str) -> nn.Module:
-        """The module called `name` in `MODULES`."""
-        return self.autoencoder.refiner if name == "refiner" else getattr(self, name)
+    @property
+    def guidance(self) -> float | None:
+        """What the guidance input is told; None for a transformer without one."""
+        return TRAINING_GUIDANCE if self.transformer.config["guidance_embeds"] else None
+
+    @property
+    def patches(self) -> PatchAutoencoder:
+        """The built-in kind of autoencoder. Raises `UsageError` for FLUX's, which stays as it is."""
+        if not isinstance(self.autoencoder, PatchAutoencoder):
+            raise UsageError("FLUX's autoencoder isn't trained", "use --stage controlnet, restoration or joint")
+        return self.autoencoder
+
+    @torch.no_grad()
+    def encode(self, rgb_B3PQ: Tensor) -> Tensor:
+        """Pixels on [-1, 1] to z_BCHW, without gradient, from the cache where there is one."""
+        if self.latent_cache is not None:
+            return self.latent_cache.encode(self.autoencoder, rgb_B3PQ)
+        return self.autoencoder.encode(rgb_B3PQ)
+
+    def module(self, name: str) -> nn.Module | None:
+        """The module called `name` in `MODULES`, None where this bundle has no such network."""
+        found = getattr(self.autoencoder if name == "refiner" else self, name, None)
+        return found if isinstance(found, nn.Module) else None
 
     def named(self, trains: Iterable[str]) -> dict[str, nn.Parameter]:
         """The parameters of the parts `trains`, by full name; LoRA weights belong to "lora" alone."""
         found: dict[str, nn.Parameter] = {}
         for part in trains:
             source = self.transformer if part == "lora" else self.module(part)
-            for name, parameter in source.named_parameters():
+            for name, parameter in source.named_parameters() if source is not None else ():
                 if ("lora_" in name) == (part == "lora"):
                     found[f"{'transformer' if part == 'lora' else part}.{name}"] = parameter
         return found
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move all networks; the autoencoder's transform stays in float32."""
-        for module in (self.transformer, self.controlnet, self.context_attention, self.text_encoder):
-            # nn.Module's own: diffusers' `to` warns about float32 modules even where there are none.
+    def modules(self) -> dict[str, nn.Module]:
+        """What is wrapped for several processes: networks with trained parameters, and the transformer."""
+        found: dict[str, nn.Module] = {"dit": self.dit, "controlnet": self.controlnet}
+        others = {"text_encoder": self.text_encoder, "autoencoder": self.autoencoder}
+        for name, module in others.items():
+            if isinstance(module, nn.Module) and any(p.requires_grad for p in module.parameters()):
+                found[name] = module
+        return found
+
+    def train_only(self, trains: Iterable[str]) -> dict[str, nn.Parameter]:
+        """Let the parts `trains` require gradients and nothing else; returns them as `named` does."""
+        for module in (self.dit, self.controlnet, *self._text_modules(), *self._pixel_modules()):
+            module.requires_grad_(False)
+        named = self.named(trains)
+        for parameter in named.values():
+            parameter.requires_grad_(True)
+        return named
+
+    @contextmanager
+    def held(self, parts: Iterable[str]) -> Generator[None]:
+        """Inside, nothing that is computed leads a gradient into `parts`."""
+        learning = [parameter for parameter in self.named(parts).values() if parameter.requires_grad]
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)
+
+    def to(self, device: torch.device, dtype: torch.dtype, large: bool = True) -> None:
+        """Move all networks; the built-in autoencoder's transform stays in float32. Without `large`, transformer and
+        ControlNet stay on the CPU, to be spread from there."""
+        self.device = device
+        for module in (self.transformer, self.controlnet, self.context_attention):
+            if module is not None:
+                # nn.Module's own: diffusers' `to` warns about float32 modules even where there are none.
+                nn.Module.to(module, device if large else None, dtype)
+        for module in self._text_modules():
             nn.Module.to(module, device, dtype)
-        self.autoencoder.to(device)
-        self.autoencoder.refiner.to(dtype)
+        for module in self._pixel_modules():
+            module.to(device)
+        if isinstance(self.autoencoder, PatchAutoencoder):
+            self.autoencoder.refiner.to(dtype)
+
+    def checkpoint_blocks(self) -> None:
+        """Compute activations again in the backward pass."""
+        self.dit.checkpoint_blocks = self.controlnet.checkpoint_blocks = True
+        if self.lora is not None:
+            self.dit.adapters_as_now = self.lora.as_now
 
     def compile_blocks(self) -> None:
         """Compile every transformer block for the shapes it meets: minutes at first, then less than half the time
@@ -76,12 +149,32 @@ class Networks:
         ]:
             block.compile(dynamic=False)
 
+    def frozen_sha256(self) -> str:
+        """Hash of all weights that don't require gradients: the same before and after a run."""
+        digest = hashlib.sha256()
+        for name, parameter in [*self.dit.named_parameters(), *self.controlnet.named_parameters()]:
+            if not parameter.requires_grad:
+                values = whole(parameter.detach()).contiguous().cpu()
+                digest.update(f"{name} {tuple(values.shape)}".encode())
+                digest.update(values.view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def _text_modules(self) -> list[nn.Module]:
+        encoder = self.text_encoder
+        found = [encoder, *(getattr(encoder, name, None) for name in ("clip", "t5"))]
+        return [module for module in found if isinstance(module, nn.Module)]
+
+    def _pixel_modules(self) -> list[nn.Module]:
+        autoencoder = self.autoencoder
+        found = [autoencoder, getattr(autoencoder, "vae", None)]
+        return [module for module in found if isinstance(module, nn.Module)]
+
 
 def build(recipe: Recipe, start: Bundle | None) -> Networks:
     """Fresh networks of the recipe's sizes, float32, or those of the bundle `start` (whose sizes then count)."""
     torch.manual_seed(recipe.seed)
     if start is not None:
-        return _from_bundle(start)
+        return _from_bundle(recipe, start)
     s = recipe.sizes
     transformer = FluxTransformer2DModel(
         in_channels=4 * recipe.latent.channels,
@@ -97,10 +190,11 @@ def build(recipe: Recipe, start: Bundle | None) -> Networks:
     control_map = recipe.control.map
     controlnet = MMControlNet.from_transformer(transformer, control_map, recipe.control.mlp)
     injections = sum(feature is not None for feature in control_map)
-    context = ContextAttention(injections, s.heads, s.head_dim, recipe.control.mlp)
+    context = ContextAttention(injections, s.heads, s.head_dim, recipe.control.mlp) if recipe.control.text else None
     wake_projections(controlnet, recipe.control_std, recipe.seed)
-    wake_projections(context, recipe.control_std, recipe.seed + 1)
-    networks = Networks(
+    if context is not None:
+        wake_projections(context, recipe.control_std, recipe.seed + 1)
+    return Networks(
         transformer,
         controlnet,
         context,
@@ -110,7 +204,6 @@ def build(recipe: Recipe, start: Bundle | None) -> Networks:
         ConditionedDiT(transformer, context, control_map, mask_pads=True),
         recipe.bundle_config(),
     )
-    return networks
 
 
 @torch.no_grad()
@@ -130,14 +223,21 @@ def _start_as_plain_transformer(transformer: FluxTransformer2DModel) -> None:
             linear.bias[gate * width : (gate + 1) * width] = 1.0
 
 
-def _from_bundle(start: Bundle) -> Networks:
+def _from_bundle(recipe: Recipe, start: Bundle) -> Networks:
     device = torch.device("cpu")
     restorer = start.open_restorer(device, torch.float32, mask_pads=True)
     autoencoder = start.open_autoencoder(device, torch.float32)
     text_encoder = start.open_text_encoder(device, torch.float32)
     if not isinstance(autoencoder, PatchAutoencoder) or not isinstance(text_encoder, ByteTextEncoder):
-        raise TypeError("stages autoencoder and backbone train bundles of our own kind only")
-    assert restorer.lora is not None and restorer.dit.context_attention is not None
+        raise UsageError(
+            f"stages autoencoder and backbone train bundles of our own kind, {start.config.name} has FLUX's parts",
+            "use --stage controlnet, restoration or joint",
+        )
+    if restorer.lora is None or not isinstance(restorer.controlnet, MMControlNet):
+        raise UsageError(
+            f"{start.config.name} has no LoRA, or a ControlNet of another kind",
+            "start from a complete bundle of our own",
+        )
     return Networks(
         restorer.dit.transformer,
         restorer.controlnet,
@@ -146,71 +246,81 @@ def _from_bundle(start: Bundle) -> Networks:
         autoencoder,
         restorer.lora,
         restorer.dit,
-        start.config,
+        replace(recipe.bundle_config(), control=start.config.control),
     )
 
 
-class Masters:
-    """Float32 copies of the trained parameters with an averaged twin; the networks hold the compute dtype."""
+def build_on(
+    recipe: Recipe, stage: Stage, base: Bundle, start: Bundle | None, target: torch.device, dtype: torch.dtype
+) -> Networks:
+    """The paper's stages: the transformer, autoencoder and text encoder of `base`, frozen.
 
-    def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
-        self.names = list(parameters)
-        self._live = list(parameters.values())
-        self.master = [nn.Parameter(p.detach().float().clone()) for p in self._live]
-        self.average = [m.detach().clone() for m in self.master]
-        self.decay = decay
+    ControlNet, cross-attention and LoRA are those of `start` (`--init-from`), else of `base`. Where neither has one,
+    and with `recipe.fresh` where the stage trains it, it begins as the paper's does: the ControlNet as a trimmed copy
+    of the transformer, injections and LoRA without effect. All are on the CPU; `target` is where text will be encoded.
+    Raises `ConfigError` for a control map that doesn't fit.
+    """
+    torch.manual_seed(recipe.seed)
+    device, source = torch.device("cpu"), start or base
+    transformer = base.open_part("transformer", FluxTransformer2DModel, dtype)
+    autoencoder = base.open_autoencoder(device, dtype)
+    # FLUX's encoders are larger than what trains: they are opened only for prompts that are new.
+    small = (base.part_folder("text_encoder") / "config.json").is_file()
+    text_encoder = base.open_text_encoder(device, dtype) if small else LazyTextEncoder(base, target, dtype)
 
-    @torch.no_grad()
-    def take_gradients(self, largest_norm: float) -> float:
-        """Move gradients to the masters in float32, clip their global norm, and return the norm before."""
-        for live, master in zip(self._live, self.master, strict=True):
-            master.grad = None if live.grad is None else live.grad.float()
-            live.grad = None
-        return float(nn.utils.clip_grad_norm_([m for m in self.master if m.grad is not None], largest_norm))
+    def taken(part: str) -> bool:
+        return part in source.config.parts and not (recipe.fresh and part in stage.trains)
 
-    @torch.no_grad()
-    def publish(self, step: int) -> None:
-        """After an optimizer step: update the average and copy the masters into the networks."""
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.average, [m.detach() for m in self.master], weight)
-        self.restore()
+    # A ControlNet of another kind (Jasper's adds the condition to the noisy latent) can't be trained further here.
+    if taken(CONTROL[0]) and source.config.control.input == "condition":
+        control = source.config.control
+        controlnet = source.open_part(CONTROL[0], MMControlNet, dtype)
+    else:
+        control = _fresh_control(recipe, base, len(transformer.transformer_blocks))
+        controlnet = MMControlNet.from_transformer(transformer, control.map, control.mlp)
+    if not recipe.control.text:
+        control = replace(control, text=False)
+    context = None
+    if control.text and taken(CONTROL[1]) and taken(CONTROL[0]):
+        context = source.open_part(CONTROL[1], ContextAttention, dtype)
+    elif control.text:
+        sizes = transformer.config
+        count = sum(feature is not None for feature in control.map)
+        context = ContextAttention(count, sizes["num_attention_heads"], sizes["attention_head_dim"], control.mlp)
+    lora = None
+    if recipe.ablation != "no-lora":
+        if taken("lora"):
+            lora = RestorationLoRA.load(transformer, source.part_folder("lora"))
+        else:
+            lora = RestorationLoRA(transformer, recipe.sizes.lora_rank)
+    dit = ConditionedDiT(transformer, context, control.map, mask_pads=not text_encoder.pads_are_seen)
+    made = len(controlnet.transformer_blocks)
+    if dit.features_needed != made:
+        raise ConfigError(
+            f"control.map uses {dit.features_needed} features, the ControlNet makes {made}",
+            "leave out --init-from, or correct control.map",
+        )
+    sampling = source.config.sampling
+    if recipe.ablation == "no-lora":
+        sampling = replace(sampling, t_start=1.0, steps=20)
+    config = replace(base.config, name=recipe.name, control=control, sampling=sampling)
+    networks = Networks(transformer, controlnet, context, text_encoder, autoencoder, lora, dit, config)
+    networks.to(device, dtype)
+    return networks
 
-    @torch.no_grad()
-    def restore(self) -> None:
-        """The networks hold the masters' values."""
-        torch._foreach_copy_([p.detach() for p in self._live], [m.detach() for m in self.master])
 
-    @torch.no_grad()
-    def show_average(self) -> None:
-        """The networks hold the averaged values, for validation and export; `restore` ends that."""
-        torch._foreach_copy_([p.detach() for p in self._live], self.average)
-
-    def averages(self) -> dict[str, Tensor]:
-        """Averaged weights by full name."""
-        return dict(zip(self.names, self.average, strict=True))
+def _fresh_control(recipe: Recipe, base: Bundle, blocks: int) -> ControlConfig:
+    control = recipe.control if recipe.control.map else base.config.control
+    if not any(feature is not None for feature in control.map) or len(control.map) > blocks:
+        raise ConfigError(
+            f"control.map {list(control.map)} doesn't fit the {blocks} double blocks of {base.config.name}",
+            "give each block at most one of the features 0, 1, ... (-1: nothing) in control.map",
+        )
+    return control
 
 
-def export(networks: Networks, masters: Masters | None, folder: Path, config: BundleConfig) -> None:
-    """Write the bundle, with averaged weights in full precision where a part was trained."""
-    averages = masters.averages() if masters else {}
-
-    def state(name: str, module: nn.Module) -> dict[str, Tensor]:
-        part = "transformer" if name == "lora" else name
-        tensors = dict(module.state_dict())
-        for key in tensors:
-            full = f"refiner.{key.removeprefix('refiner.')}" if part == "vae" else f"{part}.{key}"
-            if full in averages:
-                tensors[key] = averages[full]
-        return tensors
-
-    save_bundle(
-        folder,
-        config,
-        transformer=networks.transformer,
-        autoencoder=networks.autoencoder,
-        text_encoder=networks.text_encoder,
-        controlnet=networks.controlnet,
-        context_attention=networks.context_attention,
-        lora=networks.lora,
-        state=state,
-    )
+def base_bundle(recipe: Recipe, model: str | None, start: Bundle | None) -> Bundle:
+    """What a stage with a prior trains on: `--model`, else that of `--init-from`, else the recipe's, else mini."""
+    if model is None and start is not None:
+        return start
+    return open_bundle(model or recipe.model or "mini")

@@ -1,7 +1,7 @@
 """Photos of a training folder, decoded once and then read in crops.
 
 Every readable photo becomes one uint8 `.npy` file named by the photo's sha256, so later runs and other processes map it
-instead of decoding it again.
+instead of decoding it again. A set too large to be kept so goes into shards (shards.py).
 
 Axes: P Q pixel rows and columns, C channels.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,9 @@ from PIL import Image
 from dreamsr_cli.errors import InputError, OutputError, TrainingError
 from dreamsr_cli.images import is_photo_name, open_photo
 from dreamsr_cli.models.captioner import Describer
+from dreamsr_cli.progress import Progress, SilentProgress
+from dreamsr_cli.training import captions
+from dreamsr_cli.training.sources import Item, ItemTexts, Pictures, SkippedPhoto, check_bad, check_split, shrink
 
 STRIP = 256
 DESCRIBED_SHRINK = 4
@@ -38,18 +42,12 @@ class TrainingPhoto:
     width: int
     pixels: Path
     """uint8 (height, width, 3) as `.npy`."""
+    words: ItemTexts | None = None
+    """Of the prompts file beside it."""
 
     def read(self) -> np.ndarray:
         """All pixels as a read-only memory map (P, Q, 3) uint8."""
         return _mapped(self.pixels)
-
-
-@dataclass(frozen=True)
-class SkippedPhoto:
-    """A file that looked like a photo and couldn't be used."""
-
-    name: str
-    reason: str
 
 
 class PhotoSource:
@@ -57,13 +55,26 @@ class PhotoSource:
 
     The last `hold_out` photos by sha256 are `.validation` and never in `.training`; both are in order of sha256, so
     file names and the order of a folder don't matter. Files that can't be read, copies of another one and photos with a
-    side below `smallest` are left out and listed in `.skipped`. TrainingError when nothing is left to train on;
+    side below `smallest` are left out and listed in `.skipped`. A prompts file beside a photo brings its texts.
+    TrainingError when nothing is left to train on, or more than the share `max_bad` of the photos can't be read;
     OutputError when the cache can't be written.
     """
 
-    def __init__(self, folder: Path, cache: Path, hold_out: int, smallest: int = 256) -> None:
+    kind = "photos"
+    erased = False
+
+    def __init__(
+        self,
+        folder: Path,
+        cache: Path,
+        hold_out: int,
+        smallest: int = 256,
+        max_bad: float = 1.0,
+        progress: Progress | None = None,
+    ) -> None:
         self.cache = cache
         self.smallest = smallest
+        self.max_bad = max_bad
         self.skipped: tuple[SkippedPhoto, ...] = ()
         self._texts: dict[tuple[str, int], str] = {}
         try:
@@ -72,57 +83,80 @@ class PhotoSource:
             raise OutputError(f"{cache}: {error.strerror}", "choose another folder for decoded photos") from error
         if not folder.is_dir():
             raise TrainingError(f"{folder}: no such folder", "give a folder of photos to train on")
-        photos = self._decode_all(folder)
-        if len(photos) <= hold_out:
-            raise TrainingError(
-                f"{folder}: {len(photos)} usable photos ({len(self.skipped)} skipped), {hold_out} of them held out",
-                "add photos, or hold out fewer",
-            )
+        photos = self._decode_all(folder, progress or SilentProgress())
+        check_split(folder, "photos", len(photos), len(self.skipped), len(photos), hold_out)
         split = len(photos) - hold_out
-        self.training, self.validation = tuple(photos[:split]), tuple(photos[split:])
+        self.training: Sequence[TrainingPhoto] = tuple(photos[:split])
+        self.validation: Sequence[TrainingPhoto] = tuple(photos[split:])
 
     @property
     def data_sha256(self) -> str:
         """sha256 over the sorted sha256 of the training photos: what a bundle records."""
         return hashlib.sha256("\n".join(photo.sha256 for photo in self.training).encode()).hexdigest()
 
-    def shrunk(self, photo: TrainingPhoto, short_side: int) -> np.ndarray:
+    @property
+    def longest_short_side(self) -> int:
+        """Short side of the largest photo to train on."""
+        return max(min(photo.height, photo.width) for photo in self.training)
+
+    def read(self, item: Item) -> Pictures:
+        """The photo's pixels, mapped. `InputError` if it left the cache."""
+        try:
+            return Pictures(_own(item).read())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{item.name}: its decoded copy is gone", "start the run again") from error
+
+    def shrunk(self, item: Item, short_side: int) -> np.ndarray:
         """The photo with its short side at most `short_side` (Pillow's Lanczos), (P, Q, 3) uint8, cached too."""
-        factor = short_side / min(photo.height, photo.width)
-        if factor >= 1:
+        photo = _own(item)
+        if short_side >= min(photo.height, photo.width):
             return photo.read()
         path = self.cache / f"{photo.sha256}.short{short_side}.npy"
         if not path.exists():
-            rows, cols = round(photo.height * factor), round(photo.width * factor)
-            _save(path, np.asarray(Image.fromarray(photo.read()).resize((cols, rows), Image.Resampling.LANCZOS)))
+            _save(path, shrink(photo.read(), short_side))
         return _mapped(path)
+
+    def texts(self, item: Item) -> ItemTexts | None:
+        """Texts of the prompts file beside the photo."""
+        return _own(item).words
 
     def global_text(self, photo: TrainingPhoto, turn: int, describer: Describer) -> str:
         """The describer's words for the whole photo under `turn` (see `turned`), computed once per photo and turn."""
         key = (photo.sha256, turn)
         if key not in self._texts:
-            small_PQC = np.asarray(Image.fromarray(photo.read()).reduce(DESCRIBED_SHRINK), np.float32) / 255
-            self._texts[key] = describer.describe(np.ascontiguousarray(turned(small_PQC, turn)))
+            self._texts[key] = describe_whole(photo.read(), turn, describer)
         return self._texts[key]
 
-    def _decode_all(self, folder: Path) -> list[TrainingPhoto]:
+    def _decode_all(self, folder: Path, progress: Progress) -> list[TrainingPhoto]:
         photos: dict[str, TrainingPhoto] = {}
         skipped = []
-        for path in sorted(p for p in folder.rglob("*") if p.is_file() and is_photo_name(p)):
+        paths = sorted(p for p in folder.rglob("*") if p.is_file() and is_photo_name(p))
+        progress.phase("read photos", len(paths))
+        for path in paths:
             name = path.relative_to(folder).as_posix()
             try:
                 photo = _decode(path, name, self.cache)
             except InputError as error:
                 skipped.append(SkippedPhoto(name, error.message))
                 continue
+            finally:
+                progress.advance()
             if photo.sha256 in photos:
-                skipped.append(SkippedPhoto(name, f"a copy of {photos[photo.sha256].name}"))
+                skipped.append(SkippedPhoto(name, f"a copy of {photos[photo.sha256].name}", bad=False))
             elif min(photo.height, photo.width) < self.smallest:
-                skipped.append(SkippedPhoto(name, f"{photo.width}x{photo.height}: a side is below {self.smallest}"))
+                reason = f"{photo.width}x{photo.height}: a side is below {self.smallest}"
+                skipped.append(SkippedPhoto(name, reason, bad=False))
             else:
                 photos[photo.sha256] = photo
         self.skipped = tuple(skipped)
+        check_bad(skipped, len(paths), self.max_bad)
         return [photos[sha256] for sha256 in sorted(photos)]
+
+
+def describe_whole(rgb_PQC: np.ndarray, turn: int, describer: Describer) -> str:
+    """The describer's words for a whole photo under `turn`."""
+    small_PQC = np.asarray(Image.fromarray(rgb_PQC).reduce(DESCRIBED_SHRINK), np.float32) / 255
+    return describer.describe(np.ascontiguousarray(turned(small_PQC, turn)))
 
 
 def turned(rgb_PQC: np.ndarray, turn: int) -> np.ndarray:
@@ -131,8 +165,14 @@ def turned(rgb_PQC: np.ndarray, turn: int) -> np.ndarray:
     return rgb_PQC[:, ::-1] if turn >= 4 else rgb_PQC
 
 
+def _own(item: Item) -> TrainingPhoto:
+    assert isinstance(item, TrainingPhoto), "an item of another set"
+    return item
+
+
 def _decode(path: Path, name: str, cache: Path) -> TrainingPhoto:
     photo = open_photo(path)
+    words = captions.beside(photo)
     height, width = photo.info.height, photo.info.width
     target = cache / f"{photo.sha256}.npy"
     if not target.exists():
@@ -141,7 +181,7 @@ def _decode(path: Path, name: str, cache: Path) -> TrainingPhoto:
             bottom = min(top + STRIP, height)
             rgb_PQC[top:bottom] = np.rint(photo.read_rows(top, bottom).clip(0, 1) * 255)
         _save(target, rgb_PQC)
-    return TrainingPhoto(name, photo.sha256, height, width, target)
+    return TrainingPhoto(name, photo.sha256, height, width, target, words)
 
 
 def _save(path: Path, array: np.ndarray) -> None:

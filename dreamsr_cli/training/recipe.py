@@ -56,7 +56,7 @@ class CropPlan:
     size: int
     """Crop side in pixels, multiple of 16."""
     batch: int
-    """Crops per step."""
+    """Crops per optimizer step, over all processes and accumulated passes."""
     share: float
     """Share of steps."""
 
@@ -76,14 +76,24 @@ class DataRecipe:
     dead_leaves: float = 0.1
     """Share of samples that are dead-leaves images made on the fly."""
     full_photo: float = 0.2
-    """Receptive-Field Enhancement: chance that the photo is first shrunk to a short side of 1024 px and local text =
-    global text."""
+    """Receptive-Field Enhancement: chance that the photo is first shrunk to a short side of `full_side` and local
+    text = global text."""
+    full_side: int = 1024
+    """Short side in pixels of a shrunk photo."""
+    full_crop: int | None = None
+    """Side of the crops of shrunk photos (the paper's: 1024); None: that of the step's other crops."""
+    turns: int = 8
+    """Flips and quarter turns of crops: 8 all, 2 mirroring only (prompts and writing stay right), 1 none."""
+    max_bad: float = 0.1
+    """Share of photos that may be unreadable before the run stops."""
     no_text: float = 0.1
     """Chance that a sample's texts are empty, so that `--captioner none` works."""
     hold_out: int = 4
-    """Photos kept for validation, the last by hash."""
+    """Photos kept for validation, the last by hash; 0: none, and no validation."""
     workers: int = 1
-    """Background processes that make crops."""
+    """Background processes that make crops, for each training process."""
+    cache_latents: bool = False
+    """Keep latents on disk: for a set of pairs of the crops' own size, with turns = 1, whose crops come back."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +108,16 @@ class LossRecipe:
     """lambda of eq. 6, on LPIPS."""
     t_floor: float = 0.0
     """Below this t, eq. 5 weighs (t / t_floor)^2; for a transformer that predicts corrections."""
-    pixel_kind: str = "charbonnier"
+    pixel_kind: str = "mse"
     """"mse" (the paper's) or "charbonnier"."""
+    gan: float | None = None
+    """lambda_2 of eq. 7, on the GAN term; None: the paper's 0.5 in stages restoration and joint, 0 in backbone."""
+    gan_start: int = 500
+    """Step from which the GAN term counts."""
+    gan_lead: int = 250
+    """Steps before `gan_start` in which the discriminator alone learns already."""
+    gan_lr: float = 1e-4
+    """Learning rate of the discriminator (ours)."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +137,22 @@ class OptimRecipe:
     clip: float = 1.0
     """Largest global gradient norm."""
     ema: float = 0.998
-    """Decay of the averaged weights that are shipped."""
+    """Decay of the averaged weights that are shipped; 0: no average is kept, and the last weights ship."""
+    eight_bit: bool = False
+    """Keep AdamW's moments in 8 bits (bitsandbytes)."""
+
+
+ABLATIONS = {
+    "none": "the whole method",
+    "no-text-branch": "image features only; the global text in both networks",
+    "no-erasure": "texture steps are conditioned on the bad crop, not on the erased one",
+    "no-rfe": "every photo is shrunk to a short side of 1024 px and cut into 1024 px crops",
+    "no-lora": "stage controlnet alone, conditioned on the bad crop; sampling starts from pure noise",
+}
+"""Switches of the paper's Tables 3 to 5 (docs/method.md)."""
+PAPERS_GAN = 0.5
+"""lambda_2 of eq. 7."""
+CONDITIONS = ("erased", "removed", "mixed", "degraded")
 
 
 @dataclass(frozen=True)
@@ -138,6 +171,25 @@ class Recipe:
     """How far from zero the injections start in stage `backbone` (decisions.md)."""
     t_range: tuple[float, float] = (0.0, 1.0)
     """Range of t in texture steps."""
+    model: str | None = None
+    """Bundle that stages controlnet, restoration and joint train on, where `--model` names none; None: mini."""
+    fresh: bool = False
+    """In these stages, begin the parts that learn as the paper does (the ControlNet a copy of the transformer, its
+    injections and the LoRA without effect) even where the bundle has them; else those are trained further."""
+    condition: str = "erased"
+    """What texture steps are conditioned on (stages controlnet and joint): "erased" (the encoded i2i picture),
+    "removed" (the bad crop after the removal step, as at inference), "mixed" (each sample one of the two), "degraded"
+    (the bad crop)."""
+    texture_share: float = 0.5
+    """Chance that a step of stage joint is a texture step."""
+    ablation: str = "none"
+    """A row of the paper's Tables 3 to 5: a key of `ABLATIONS`."""
+    accumulate: int = 1
+    """Passes whose gradients add up to one optimizer step."""
+    checkpointing: bool = False
+    """Compute activations of the blocks again in the backward pass: less memory, a third more time."""
+    explosion: float = 20.0
+    """The run stops where a loss is this many times its running mean; 0: never."""
     save_every: int = 200
     """Steps between checkpoints."""
     validate_every: int = 200
@@ -180,8 +232,6 @@ def load_recipe(config: str, overrides: list[str] | None = None) -> Recipe:
 
     Keys are dotted ("optim.lr=1e-4"), values TOML. Raises `ConfigError` on an unknown name, key or type.
     """
-    import tomllib
-
     folder = Path(str(resources.files("dreamsr_cli"))) / "recipes"
     path = Path(config)
     if path.suffix != ".toml":
@@ -189,8 +239,25 @@ def load_recipe(config: str, overrides: list[str] | None = None) -> Recipe:
         if not path.is_file():
             known = ", ".join(sorted(p.stem for p in folder.glob("*.toml")))
             raise ConfigError(f"no recipe named {config!r}", f"use one of {known}, or a .toml file")
-    data: dict[str, Any] = load_toml(path)
-    for text in overrides or []:
+    return recipe_from_dict(_with_overrides(load_toml(path), overrides or []), str(path))
+
+
+def recipe_from_dict(data: dict[str, Any], where: str, overrides: list[str] | None = None) -> Recipe:
+    """The recipe held by plain data (a run's run.json, a parsed TOML file); `where` names it in messages."""
+    data = _with_overrides(data, overrides or [])
+    control = data.get("control")
+    if isinstance(control, dict) and isinstance(control.get("map"), list):
+        # TOML has no null: -1 stands for "this block receives nothing".
+        control["map"] = [None if feature == -1 else feature for feature in control["map"]]
+    recipe = from_dict(Recipe, data, where)
+    _check(recipe, where)
+    return recipe
+
+
+def _with_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    import tomllib
+
+    for text in overrides:
         key, separator, value = text.partition("=")
         if not separator:
             raise ConfigError(f"--set {text}: no '='", "write --set key=value, for example --set optim.lr=1e-4")
@@ -205,13 +272,7 @@ def load_recipe(config: str, overrides: list[str] | None = None) -> Recipe:
             if not isinstance(table, dict):
                 raise ConfigError(f"--set {text}: {parent!r} is not a table", "give the key that holds the whole value")
         table[last] = parsed
-    control = data.get("control")
-    if isinstance(control, dict) and isinstance(control.get("map"), list):
-        # TOML has no null: -1 stands for "this block receives nothing".
-        control["map"] = [None if feature == -1 else feature for feature in control["map"]]
-    recipe = from_dict(Recipe, data, str(path))
-    _check(recipe, str(path))
-    return recipe
+    return data
 
 
 def _check(recipe: Recipe, where: str) -> None:
@@ -227,8 +288,10 @@ def _check(recipe: Recipe, where: str) -> None:
             f"{where}: control.map {list(control_map)} doesn't fit {sizes.double_blocks} double blocks",
             "give each block at most one of the features 0, 1, ...",
         )
-    if recipe.data.hold_out < 1:
-        raise ConfigError(f"{where}: data.hold_out is {recipe.data.hold_out}", "hold out at least one photo")
+    if recipe.data.hold_out < 0:
+        raise ConfigError(f"{where}: data.hold_out is {recipe.data.hold_out}", "hold out 0 photos or more")
+    if not 0 <= recipe.data.max_bad <= 1:
+        raise ConfigError(f"{where}: data.max_bad is {recipe.data.max_bad}", "use a share from 0 to 1")
     for name in ("save_every", "validate_every", "log_every"):
         if getattr(recipe, name) < 1:
             raise ConfigError(f"{where}: {name} is {getattr(recipe, name)}", "use 1 or more steps")
@@ -237,6 +300,21 @@ def _check(recipe: Recipe, where: str) -> None:
     for crop in recipe.data.crops:
         if crop.size % 16 or crop.size < 32:
             raise ConfigError(f"{where}: crop size {crop.size} is not a multiple of 16", "use 256")
+    for name, value, known in (
+        ("condition", recipe.condition, CONDITIONS),
+        ("ablation", recipe.ablation, tuple(ABLATIONS)),
+        ("loss.pixel_kind", recipe.loss.pixel_kind, ("mse", "charbonnier")),
+    ):
+        if value not in known:
+            raise ConfigError(f"{where}: {name} {value!r} is not known", f"use one of {', '.join(known)}")
+    if recipe.accumulate < 1:
+        raise ConfigError(f"{where}: accumulate is {recipe.accumulate}", "use 1 or more passes")
+    if not 0 <= recipe.texture_share <= 1:
+        raise ConfigError(f"{where}: texture_share is {recipe.texture_share}", "use a share from 0 to 1")
+    if not 0 <= recipe.optim.ema < 1:
+        raise ConfigError(f"{where}: optim.ema is {recipe.optim.ema}", "use 0 (off) or a decay below 1")
+    if min(recipe.loss.gan or 0, recipe.loss.gan_start, recipe.loss.gan_lead, recipe.explosion) < 0:
+        raise ConfigError(f"{where}: loss.gan, gan_start, gan_lead and explosion can't be negative", "use 0 for none")
     low, high = recipe.t_range
     if not 0 <= low < high <= 1:
         raise ConfigError(f"{where}: t_range {recipe.t_range} is not inside 0..1", "use [0.0, 1.0]")
@@ -245,3 +323,22 @@ def _check(recipe: Recipe, where: str) -> None:
 def recipe_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain data, for the run folder."""
     return dataclasses.asdict(recipe)
+
+
+def for_ablation(recipe: Recipe, stage: str) -> Recipe:
+    """The recipe with its ablation spelled out in its other keys. Raises `ConfigError` where the stage has none."""
+    match recipe.ablation:
+        case "none":
+            return recipe
+        case "no-lora" if stage != "controlnet":
+            raise ConfigError(
+                f'ablation "no-lora" in stage {stage}', "use --stage controlnet: there is no LoRA to train"
+            )
+        case "no-text-branch":
+            return dataclasses.replace(recipe, control=dataclasses.replace(recipe.control, text=False))
+        case "no-rfe":
+            side, plan = recipe.data.full_side, recipe.data.crops[0]
+            crops = (CropPlan(side, plan.batch, 1.0),)
+            return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, full_photo=1.0, crops=crops))
+        case _:
+            return dataclasses.replace(recipe, condition="degraded")

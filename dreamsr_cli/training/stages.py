@@ -1,38 +1,74 @@
-"""Stages are data: which parts train, and which terms of the loss a step has.
+"""Stages are data: which parts train in which kind of step, and what a step is made of (method.md, Training).
 
-Stages `autoencoder` and `backbone` exist for bundles without a pretrained prior (decisions.md). The paper's own
-stages come with a later version.
+Stages `autoencoder` and `backbone` make a bundle that has no pretrained prior (decisions.md). The other three are the
+paper's: the transformer is frozen, and only the MM-ControlNet (texture steps) and the LoRA (removal steps) learn.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dreamsr_cli.draws import generator
+
+CONTROL = ("controlnet", "context_attention")
+"""Parts of the MM-ControlNet, as a bundle names them."""
+LORA = ("lora",)
+EVERYTHING = ("transformer", *CONTROL, "text_encoder", "refiner", "lora")
+
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training."""
+    """One stage of training. Parts are names of `networks.MODULES`, and "lora"."""
 
     name: str
     """What `--stage` takes."""
-    trains: tuple[str, ...]
-    """Parts whose weights change (names of `networks.MODULES`, and "lora")."""
+    purpose: str
+    """One line for people."""
+    learners: dict[str, tuple[str, ...]]
+    """For each kind of step the parts that learn in it, with an AdamW of their own. Kinds: "reconstruct" (clean crops
+    through encode and decode), "texture" (eq. 5 and 6, LoRA off), "removal" (eq. 7, LoRA on), "both" (a removal part,
+    then a texture part on the same crops, one loss)."""
     fit_transform: bool = False
     """Fit the patch transform in closed form before the first step."""
-    reconstruct: bool = False
-    """Each step restores clean crops through encode and decode (trains the refiner alone)."""
-    restore: bool = False
-    """Each step has a removal part (eq. 7) and a texture part (eq. 5, 6) on the same crops."""
+    prior: bool = True
+    """Trains on a frozen pretrained transformer, whose bundle the run's result refers to."""
+
+    @property
+    def trains(self) -> tuple[str, ...]:
+        """All parts whose weights change."""
+        return tuple(part for parts in self.learners.values() for part in parts)
+
+    @property
+    def restore(self) -> bool:
+        """Whether the networks take part, beside the autoencoder."""
+        return "reconstruct" not in self.learners
+
+    @property
+    def removes(self) -> bool:
+        """Whether some of its steps have eq. 7, and with it the GAN term."""
+        return "removal" in self.learners or "both" in self.learners
+
+    @property
+    def textures(self) -> bool:
+        """Whether some of its steps have eq. 5."""
+        return "texture" in self.learners or "both" in self.learners
 
 
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("autoencoder", ("refiner",), fit_transform=True, reconstruct=True),
-        Stage(
-            "backbone",
-            ("transformer", "controlnet", "context_attention", "text_encoder", "refiner", "lora"),
-            restore=True,
-        ),
+        Stage("autoencoder", "latents: transform and refiner", {"reconstruct": ("refiner",)}, True, prior=False),
+        Stage("backbone", "every network at once, from nothing", {"both": EVERYTHING}, prior=False),
+        Stage("controlnet", "texture: the MM-ControlNet", {"texture": CONTROL}),
+        Stage("restoration", "removal: the LoRA", {"removal": LORA}),
+        Stage("joint", "texture or removal, drawn step by step", {"texture": CONTROL, "removal": LORA}),
     )
 }
+
+
+def kind_of_step(stage: Stage, step: int, seed: int, texture_share: float) -> str:
+    """What `step` is: the stage's only kind, or for stage joint a draw from (seed, step) alone, the same on all
+    ranks."""
+    if len(stage.learners) == 1:
+        return next(iter(stage.learners))
+    return "texture" if generator(seed, "joint-step", step).random() < texture_share else "removal"

@@ -5,6 +5,11 @@ Axes: B batch, C channels, H W latent, P Q pixels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,43 +17,80 @@ from torch import Tensor
 from dreamsr_cli import flow
 from dreamsr_cli.config import SamplingConfig
 from dreamsr_cli.draws import generator
+from dreamsr_cli.errors import TrainingError
 from dreamsr_cli.losses import pixel_loss, removal_loss, velocity_loss
 from dreamsr_cli.models.conditioned_dit import Injections
 from dreamsr_cli.models.perceptual import Perceptual
-from dreamsr_cli.models.text_encoder import TextEmbedding
+from dreamsr_cli.models.text_encoder import ByteTextEncoder, TextEmbedding, stack
 from dreamsr_cli.training.networks import Networks
-from dreamsr_cli.training.recipe import Recipe
+from dreamsr_cli.training.recipe import PAPERS_GAN, Recipe
+from dreamsr_cli.training.stages import CONTROL
 
 TEXT_BUCKET = 24
 """Prompts of a batch are padded to a multiple of this many tokens: compiled blocks then meet few shapes."""
 PIXEL_T = 0.2
 """Largest t of a texture step for which eq. 6 counts (paper, section 3.3)."""
 
+Critic = Callable[[Tensor], Tensor]
+"""Pictures (B, 3, P, Q) -> the discriminator's logits, gradients to the pictures only."""
+
+
+@dataclass(frozen=True)
+class Crops:
+    """What a step is given, on the device of the networks."""
+
+    step: int
+    hq: Tensor
+    """Good crops (B, 3, P, Q) in [0, 1]."""
+    lq_up: Tensor
+    """Bad crops enlarged to the same size, in [0, 1]."""
+    local_texts: list[str]
+    global_texts: list[str]
+    erased: Tensor | None = None
+    """Good crops without their texture, in [0, 1]; None where the data have none."""
+    first: int = 0
+    """Index of the first crop in the global batch: what draws depend on, with the step."""
+
+
+class Outcome(NamedTuple):
+    """What a step came to."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    """Terms before weighting, detached; a step of one kind always has the same ones."""
+    fake: Tensor | None = None
+    """What the removal step decoded, detached: for the discriminator."""
+    real: Tensor | None = None
+
 
 def encode_texts(networks: Networks, texts: list[str]) -> TextEmbedding:
-    """Embeddings of a batch of prompts, with gradients into the text encoder."""
+    """Embeddings of a batch of prompts, with gradients into the text encoder where it is trained."""
     encoder = networks.text_encoder
-    ids, mask, _ = encoder.tokenize(texts, encoder.max_tokens, TEXT_BUCKET)
-    device = encoder.device
-    return encoder(ids.to(device), mask.to(device))
+    if isinstance(encoder, ByteTextEncoder):
+        ids, mask, _ = encoder.tokenize(texts, encoder.max_tokens, TEXT_BUCKET)
+        return encoder(ids.to(networks.device), mask.to(networks.device))
+    found, _ = encoder.encode(texts, networks.config.defaults.max_text_tokens)
+    return stack(found).to(networks.device, networks.transformer.dtype)
 
 
 def _control(networks: Networks, condition: Tensor, t_B: Tensor, local: TextEmbedding) -> Injections:
     """Control features of whole crops, told t as `control.timestep` says."""
     control = networks.config.control
     seen = torch.zeros_like(t_B) if control.timestep == "clean" else t_B
-    return networks.dit.prepare(networks.controlnet(condition, seen, local, mask_pads=True), control.scale)
+    mask_pads = not networks.text_encoder.pads_are_seen
+    features = networks.controlnet(condition, seen, local, mask_pads=mask_pads, guidance=networks.guidance)
+    return networks.dit.prepare(features, control.scale)
 
 
 def remove(
     networks: Networks, z_lq: Tensor, local: TextEmbedding, glob: TextEmbedding, sampling: SamplingConfig
 ) -> Tensor:
-    """Stage 1 on whole crops: z_dr = z_lq - t_r * v, LoRA on."""
+    """Stage 1 on whole crops: z_dr = z_lq - t_r * v, LoRA on (where there is one)."""
     t_r = sampling.t_r
     times = z_lq.new_full((len(z_lq),), t_r)
     ready = _control(networks, z_lq, times, local)
-    with networks.lora.on():
-        made = networks.dit(z_lq, times, glob, ready)
+    with nullcontext() if networks.lora is None else networks.lora.on():
+        made = networks.dit(z_lq, times, glob, ready, networks.guidance)
     return z_lq - (t_r * made if sampling.prediction == "velocity" else made)
 
 
@@ -62,77 +104,170 @@ def texture_velocity(
     kind: str,
 ) -> Tensor:
     """Stage 2 on whole crops, LoRA off: the velocity at `t_B`, whatever the transformer predicts (`kind`)."""
-    made = networks.dit(z_t, t_B, glob, _control(networks, condition, t_B, local))
+    made = networks.dit(z_t, t_B, glob, _control(networks, condition, t_B, local), networks.guidance)
     if kind == "velocity":
         return made
     return flow.velocity_of_correction(z_t, condition, made, t_B[:, None, None, None])
 
 
-def draw_texture(seed: int, step: int, shape: torch.Size, t_range: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """(t_B, eps_BCHW) of a texture step; sample b's depend on (seed, step, b) alone."""
+def draw_texture(
+    seed: int, step: int, shape: torch.Size, t_range: tuple[float, float], first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """(t_B, eps_BCHW) of a texture step; those of sample b depend on (seed, step, first + b) alone."""
     t, eps = np.empty(shape[0], np.float32), np.empty(shape, np.float32)
     low, high = t_range
     for b in range(shape[0]):
-        rng = generator(seed, "texture-step", step, b)
+        rng = generator(seed, "texture-step", step, first + b)
         t[b] = low + (high - low) * rng.random()
         rng.standard_normal(dtype=np.float32, out=eps[b])
     return torch.from_numpy(t), torch.from_numpy(eps)
 
 
+def run_step(
+    kind: str, networks: Networks, recipe: Recipe, perceptual: Perceptual | None, critic: Critic | None, crops: Crops
+) -> Outcome:
+    """The step called `kind` in `Stage.learners`."""
+    match kind:
+        case "reconstruct":
+            return Outcome(*reconstruction_step(networks, crops.hq))
+        case "removal":
+            return removal_step(networks, recipe, perceptual, critic, crops)
+        case "texture":
+            return texture_step(networks, recipe, perceptual, crops)
+        case "both":
+            return restoration_step(networks, recipe, perceptual, critic, crops)
+    raise ValueError(f"no step of kind {kind!r}")
+
+
+def removal_step(
+    networks: Networks, recipe: Recipe, perceptual: Perceptual | None, critic: Critic | None, crops: Crops
+) -> Outcome:
+    """A removal step of the paper's stages (eq. 7): transformer and ControlNet both get z_lq; only the LoRA learns."""
+    target, z_0, z_lq = _encoded(networks, crops)
+    local, glob = _texts(networks, crops)
+    # The cross-attention lies in the transformer's walk, so it is not enough to run the ControlNet without gradient.
+    with networks.held(CONTROL):
+        z_dr = remove(networks, z_lq, local, glob, networks.config.sampling)
+    return _removal(networks, recipe, perceptual, critic, z_dr, z_0, target)
+
+
+def texture_step(networks: Networks, recipe: Recipe, perceptual: Perceptual | None, crops: Crops) -> Outcome:
+    """A texture step of the paper's stages (eq. 5 and 6), LoRA off: only the MM-ControlNet learns."""
+    target, z_0, z_lq = _encoded(networks, crops)
+    local, glob = _texts(networks, crops)
+    condition = _condition(networks, recipe, crops, z_lq, local, glob)
+    return Outcome(*_texture(networks, recipe, perceptual, crops, z_0, target, condition, local, glob))
+
+
 def restoration_step(
+    networks: Networks, recipe: Recipe, perceptual: Perceptual | None, critic: Critic | None, crops: Crops
+) -> Outcome:
+    """A step of stage `backbone`: a removal part (eq. 7), then a texture part (eq. 5, 6) conditioned on its detached
+    result.
+
+    Sharing the crops gives the texture part exactly the condition it meets at inference, at no extra forward pass.
+    """
+    target, z_0, z_lq = _encoded(networks, crops)
+    local, glob = _texts(networks, crops)
+    z_dr = remove(networks, z_lq, local, glob, networks.config.sampling)
+    removal = _removal(networks, recipe, perceptual, critic, z_dr, z_0, target)
+    texture, terms = _texture(networks, recipe, perceptual, crops, z_0, target, z_dr.detach(), local, glob)
+    return Outcome(removal.loss + texture, removal.terms | terms, removal.fake, removal.real)
+
+
+def _encoded(networks: Networks, crops: Crops) -> tuple[Tensor, Tensor, Tensor]:
+    """(good crops on [-1, 1], z_0, z_lq), without gradient."""
+    target = crops.hq * 2 - 1
+    return target, networks.encode(target), networks.encode(crops.lq_up * 2 - 1)
+
+
+def _texts(networks: Networks, crops: Crops) -> tuple[TextEmbedding, TextEmbedding]:
+    """(local, global); both global where there is no text branch (the ablation)."""
+    glob = encode_texts(networks, crops.global_texts)
+    return (encode_texts(networks, crops.local_texts) if networks.config.control.text else glob), glob
+
+
+def _condition(
+    networks: Networks, recipe: Recipe, crops: Crops, z_lq: Tensor, local: TextEmbedding, glob: TextEmbedding
+) -> Tensor:
+    """What the ControlNet sees in a texture step, without gradient (`Recipe.condition`)."""
+    if recipe.condition == "degraded":
+        return z_lq
+    with torch.no_grad():
+        removed = erased = z_lq
+        if recipe.condition != "erased":
+            removed = remove(networks, z_lq, local, glob, networks.config.sampling)
+        if recipe.condition != "removed":
+            if crops.erased is None:
+                raise TrainingError(
+                    f"condition {recipe.condition!r} needs erased pictures, which these data don't have",
+                    "make them with dreamsr degrade, or --set condition=removed",
+                )
+            erased = networks.encode(crops.erased * 2 - 1)
+    if recipe.condition != "mixed":
+        return erased if recipe.condition == "erased" else removed
+    draws = [generator(recipe.seed, "condition", crops.step, crops.first + b).random() for b in range(len(z_lq))]
+    pick = torch.tensor(draws, device=z_lq.device) < 0.5
+    return torch.where(pick[:, None, None, None], erased, removed)
+
+
+def _removal(
     networks: Networks,
     recipe: Recipe,
     perceptual: Perceptual | None,
-    step: int,
-    hq: Tensor,
-    lq_up: Tensor,
-    texts: tuple[list[str], list[str]],
-) -> tuple[Tensor, dict[str, float]]:
-    """Loss of one step of stage `backbone`: a removal part (eq. 7), then a texture part (eq. 5, 6) conditioned on its
-    detached result.
-
-    `hq`, `lq_up` are (B, 3, P, Q) in [0, 1], `texts` the local and the global prompts. Sharing the crops gives the
-    texture part exactly the condition it meets at inference, at no extra forward pass.
-    """
-    autoencoder, weights = networks.autoencoder, recipe.loss
-    target = hq * 2 - 1
-    with torch.no_grad():
-        z_0, z_lq = autoencoder.encode(target), autoencoder.encode(lq_up * 2 - 1)
-    local, glob = encode_texts(networks, texts[0]), encode_texts(networks, texts[1])
-
-    z_dr = remove(networks, z_lq, local, glob, recipe.sampling)
+    critic: Critic | None,
+    z_dr: Tensor,
+    z_0: Tensor,
+    target: Tensor,
+) -> Outcome:
+    weights, decoded = recipe.loss, networks.autoencoder.decode(z_dr)
     loss, terms = removal_loss(
         z_dr,
         z_0,
-        autoencoder.decode(z_dr),
+        decoded,
         target,
         perceptual,
         perceptual_weight=weights.removal_perceptual,
+        fake_logits=None if critic is None else critic(decoded),
+        gan_weight=PAPERS_GAN if weights.gan is None else weights.gan,
         kind=weights.pixel_kind,
     )
+    return Outcome(loss, terms, decoded.detach(), target)
 
-    t, eps = draw_texture(recipe.seed, step, z_0.shape, recipe.t_range)
+
+def _texture(
+    networks: Networks,
+    recipe: Recipe,
+    perceptual: Perceptual | None,
+    crops: Crops,
+    z_0: Tensor,
+    target: Tensor,
+    condition: Tensor,
+    local: TextEmbedding,
+    glob: TextEmbedding,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    weights = recipe.loss
+    t, eps = draw_texture(recipe.seed, crops.step, z_0.shape, recipe.t_range, crops.first)
     t, eps = t.to(z_0.device), eps.to(z_0.device)
     t_B111 = t[:, None, None, None]
     z_t = flow.mix(z_0, eps, t_B111)
-    v = texture_velocity(networks, z_t, t, z_dr.detach(), local, glob, recipe.sampling.prediction)
-    velocity = velocity_loss(v, z_0, eps, t, recipe.loss.t_floor)
-    loss = loss + velocity
-    terms["texture_velocity"] = float(velocity.detach())
+    v = texture_velocity(networks, z_t, t, condition, local, glob, networks.config.sampling.prediction)
+    loss = velocity_loss(v, z_0, eps, t, weights.t_floor)
+    terms = {"texture_velocity": loss.detach(), "texture_pixel": torch.zeros_like(loss.detach())}
     near = (t <= PIXEL_T).nonzero()[:, 0]
     if len(near):
-        clean = autoencoder.decode(flow.predict_clean(z_t, v, t_B111)[near])
-        pixel = pixel_loss(clean, target[near], perceptual, weights.texture_perceptual, weights.pixel_kind)
+        clean = networks.autoencoder.decode(flow.predict_clean(z_t, v, t_B111)[near])
         # Per sample: the batch's loss is the mean over all samples, also those whose t is too large for this term.
-        loss = loss + pixel * len(near) / len(t)
-        terms["texture_pixel"] = float(pixel.detach())
+        share = len(near) / len(t)
+        pixel = share * pixel_loss(clean, target[near], perceptual, weights.texture_perceptual, weights.pixel_kind)
+        loss, terms["texture_pixel"] = loss + pixel, pixel.detach()
     return loss, terms
 
 
-def reconstruction_step(networks: Networks, hq: Tensor) -> tuple[Tensor, dict[str, float]]:
+def reconstruction_step(networks: Networks, hq: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of one step of stage `autoencoder`: the refiner mends what the linear round trip of clean crops lost."""
     target = hq * 2 - 1
     autoencoder = networks.autoencoder
     error = autoencoder.decode(autoencoder.encode(target)) - target
     loss = (error.square() + 1e-6).sqrt().mean()
-    return loss, {"psnr": float(10 * torch.log10(4 / error.detach().square().mean()))}
+    return loss, {"psnr": 10 * torch.log10(4 / error.detach().square().mean())}

@@ -1,32 +1,39 @@
-"""The training loop: any stage, checkpointed, resumable at a step, the same result whatever the interruptions."""
+"""One `dreamsr train`: settings checked, networks built, the loop run, the bundle written."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dreamsr_cli import __version__
 from dreamsr_cli.config import TrainingRecord
-from dreamsr_cli.draws import generator
-from dreamsr_cli.errors import TrainingError
-from dreamsr_cli.models.bundle import Bundle
-from dreamsr_cli.models.perceptual import Lpips, Perceptual, load_perceptual
-from dreamsr_cli.progress import Progress
-from dreamsr_cli.training import checkpoints
-from dreamsr_cli.training.crops import Batch, CropSettings, batches
-from dreamsr_cli.training.networks import Masters, Networks, build, export
-from dreamsr_cli.training.photos import PhotoSource
-from dreamsr_cli.training.recipe import Recipe, recipe_dict
+from dreamsr_cli.errors import TrainingError, UsageError
+from dreamsr_cli.models.bundle import Bundle, open_bundle
+from dreamsr_cli.models.perceptual import describe, load_perceptual
+from dreamsr_cli.progress import Progress, SilentProgress
+from dreamsr_cli.training import checkpoints, curves, provenance
+from dreamsr_cli.training.adversarial import gan_weight
+from dreamsr_cli.training.crops import batches
+from dreamsr_cli.training.distributed import Team, share_of
+from dreamsr_cli.training.interruption import Interruptions
+from dreamsr_cli.training.latent_cache import LatentCache
+from dreamsr_cli.training.loop import Run
+from dreamsr_cli.training.networks import Networks, base_bundle, build, build_on
+from dreamsr_cli.training.open_source import open_source
+from dreamsr_cli.training.recipe import Recipe, for_ablation, recipe_dict
+from dreamsr_cli.training.run_bundle import Card, export, is_flux, untouched
+from dreamsr_cli.training.sources import Source
 from dreamsr_cli.training.stages import Stage
-from dreamsr_cli.training.steps import reconstruction_step, restoration_step
-from dreamsr_cli.training.validation import validate
+from dreamsr_cli.training.step_crops import crop_settings
+from dreamsr_cli.training.trackers import check_names, open_trackers
 from dreamsr_cli.weights import cache_folder
 
+_TABLES = ("recipe", "sizes", "latent", "control", "sampling", "defaults", "data", "loss", "optim")
 FIT_CROPS = 320
 """Crops that the patch transform is fitted on."""
 
@@ -40,13 +47,20 @@ class TrainJob:
     recipe_name: str
     data: Path
     out: Path
-    start: Bundle | None
-    perceptual_weights: Path | None
-    resume: bool
-    max_steps: int | None
-    device: torch.device
-    dtype: torch.dtype
+    model: str | None = None
+    """Bundle that the paper's stages train on; None: that of `init_from`, the recipe's, or mini."""
+    init_from: str | None = None
+    """Bundle whose weights the trained parts start from, with a fresh optimizer."""
+    perceptual_weights: Path | None = None
+    resume: bool = False
+    max_steps: int | None = None
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
     compile: bool = False
+    keep: int = checkpoints.DEFAULT_KEEP
+    """Checkpoints kept."""
+    trackers: tuple[str, ...] = ()
+    """Names of accelerate's trackers."""
 
 
 @dataclass(frozen=True)
@@ -57,240 +71,211 @@ class TrainResult:
     steps: int
     seconds: float
     validation: dict[str, float]
+    main: bool = True
+    """Whether this process is the one that speaks."""
 
 
 def train(job: TrainJob, progress: Progress) -> TrainResult:
     """Run the stage up to the recipe's steps (or `max_steps` more), then write `out/bundle/`.
 
-    Raises `TrainingError` on a loss that is not finite, on a run folder of other settings, and where there are too
-    few photos.
+    Raises `TrainingError` on a loss that isn't finite or explodes, on a run folder of other settings, and where there
+    are too few photos; `OutputError` on a full disk; `UsageError` for settings that make no sense. A signal leaves a
+    checkpoint and raises `KeyboardInterrupt`.
     """
     began = time.monotonic()
+    recipe = for_ablation(job.recipe, job.stage.name)
+    check_names(job.trackers)
+    team = Team(job.device, job.dtype)
+    for plan in recipe.data.crops:
+        share_of(plan.batch, team.rank, team.world, recipe.accumulate)
+    if not team.main:
+        progress = SilentProgress()
+    interruptions = Interruptions(shared=team.world > 1)
+    with interruptions.caught():
+        result = _train(dataclasses.replace(job, recipe=recipe, device=team.device), progress, team, interruptions)
+    team.leave()
+    return dataclasses.replace(result, seconds=time.monotonic() - began, main=team.main)
+
+
+def _train(job: TrainJob, progress: Progress, team: Team, interruptions: Interruptions) -> TrainResult:
     recipe, stage = job.recipe, job.stage
-    settings = {
-        "stage": stage.name,
-        "recipe": recipe_dict(recipe),
-        "data": str(job.data.resolve()),
-        "start": None if job.start is None else job.start.sha256,
-    }
     perceptual = load_perceptual(recipe.loss.perceptual if stage.restore else "none", job.perceptual_weights)
-    if isinstance(perceptual, Lpips):
+    if isinstance(perceptual, torch.nn.Module):
         perceptual.to(job.device)
-    checkpoints.start_run(job.out, settings, job.resume)
-    source = PhotoSource(
-        job.data, cache_folder() / "photos", recipe.data.hold_out, smallest=max(c.size for c in recipe.data.crops)
-    )
-    for skipped in source.skipped:
-        progress.note(f"skipped {skipped.name}: {skipped.reason}")
-    networks = build(recipe, job.start)
+    base, start = _bundles(job)
+    settings = _settings(job, base, start)
+    if team.main:
+        checkpoints.check_run(job.out, settings, job.resume, lambda old: _todays(old, settings))
+    source = _open(job, team, progress)
+    if team.main:
+        checkpoints.start_run(job.out, settings, _facts(job, team))
+        _same_photos(job.out, source)
+    team.wait()
+    networks = build(recipe, start) if base is None else build_on(recipe, stage, base, start, job.device, job.dtype)
     saved = checkpoints.load(job.out)
     if stage.fit_transform and saved is None:
         kept = _fit(networks, source, recipe)
         progress.note(f"patch transform keeps {kept['variance_kept']:.4f} of the variance, {kept['psnr_db']:.1f} dB")
-        checkpoints.append_log(job.out, {"step": 0, **kept})
-    networks.to(job.device, job.dtype)
+        if team.main:
+            checkpoints.append_log(job.out, {"step": 0, **kept})
+    networks.to(job.device, job.dtype, large=not team.sharded)
+    if recipe.data.cache_latents and base is not None:
+        networks.latent_cache = LatentCache(cache_folder() / "latents", base.sha256)
+    if recipe.checkpointing:
+        networks.checkpoint_blocks()
     if job.compile:
         networks.compile_blocks()
-    run = _Run(job, networks, source, perceptual)
+    trackers = open_trackers(job.trackers, job.out, recipe_dict(recipe), main=team.main)
+    run = Run(stage, recipe, job.out, networks, source, perceptual, team, interruptions, trackers, job.keep)
     if saved is not None:
         run.restore(*saved)
     last = recipe.steps if job.max_steps is None else min(recipe.steps, run.step + job.max_steps)
-    figures = run.go(last, progress)
-    record = TrainingRecord(
-        recipe=job.recipe_name,
-        steps=run.step + networks.config.training.steps,
-        data_sha256=source.data_sha256,
-        dreamsr=__version__,
+    try:
+        figures = run.go(last, progress)
+    finally:
+        trackers.close()
+    _write_bundle(job, run, source, base, start, figures)
+    log = job.out / checkpoints.LOG_FILE
+    if team.main and log.is_file():
+        curves.draw(log, job.out / "curves.png")
+    return TrainResult(job.out / "bundle", run.step, 0.0, figures)
+
+
+def _bundles(job: TrainJob) -> tuple[Bundle | None, Bundle | None]:
+    """(base of a stage with a prior, what the trained parts start from)."""
+    start = open_bundle(job.init_from) if job.init_from else None
+    if job.stage.prior:
+        return base_bundle(job.recipe, job.model, start), start
+    if job.model is not None:
+        raise UsageError(
+            f"--model doesn't go with --stage {job.stage.name}, which trains every part",
+            f"start from that bundle's weights: --init-from {job.model}",
+        )
+    return None, start
+
+
+def _settings(job: TrainJob, base: Bundle | None, start: Bundle | None) -> dict[str, Any]:
+    """What decides a run's result: the same on every resume."""
+    return {
+        "stage": job.stage.name,
+        "recipe": recipe_dict(job.recipe),
+        "data": str(job.data.resolve()),
+        "start": None if start is None else start.sha256,
+        "base": None if base is None else base.sha256,
+    }
+
+
+def _todays(settings: dict[str, Any], today: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run.json of an earlier version: keys that came since are those of `today`."""
+
+    def laid_over(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+        both = {k: (old[k], new[k]) for k in new if k in old}
+        nested = {k: laid_over(a, b) for k, (a, b) in both.items() if isinstance(a, dict) and isinstance(b, dict)}
+        # A table whose keys are free (data.mix) is a value.
+        return {**new, **old, **{k: v for k, v in nested.items() if k in _TABLES}}
+
+    return laid_over(settings, today)
+
+
+def _facts(job: TrainJob, team: Team) -> dict[str, Any]:
+    """What a resume needs to find again, and what a person wants to know."""
+
+    def found(path: str | None) -> str | None:
+        return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+
+    weights = job.perceptual_weights
+    return {
+        "recipe_name": job.recipe_name,
+        "model": found(job.model),
+        "init_from": found(job.init_from),
+        "perceptual_weights": None if weights is None else str(weights.resolve()),
+        **provenance.facts(str(team.device), str(job.dtype).removeprefix("torch."), team.world),
+    }
+
+
+def _open(job: TrainJob, team: Team, progress: Progress) -> Source:
+    data, prior = job.recipe.data, job.stage.prior
+    if not team.main:
+        team.wait()  # the first process decodes into the cache
+    source = open_source(
+        job.data,
+        cache=cache_folder() / "photos",
+        hold_out=data.hold_out,
+        smallest=max(c.size for c in data.crops),
+        max_bad=data.max_bad,
+        progress=progress,
     )
-    config = dataclasses.replace(recipe.bundle_config(), control=networks.config.control, training=record)
-    export(networks, run.masters, job.out / "bundle", config)
-    return TrainResult(job.out / "bundle", run.step, time.monotonic() - began, figures)
+    if team.main:
+        team.wait()
+    for skipped in source.skipped:
+        progress.note(f"skipped {skipped.name}: {skipped.reason}")
+    if prior and job.stage.textures and job.recipe.condition in ("erased", "mixed") and not source.erased:
+        raise TrainingError(
+            f"condition {job.recipe.condition!r} needs erased pictures, which {job.data} doesn't have",
+            "make pairs with dreamsr degrade and train on them, or --set condition=removed",
+        )
+    return source
 
 
-class _Run:
-    """State of a run between checkpoints."""
-
-    def __init__(self, job: TrainJob, networks: Networks, source: PhotoSource, perceptual: Perceptual | None) -> None:
-        self.job, self.networks, self.source, self.perceptual = job, networks, source, perceptual
-        self.step = 0
-        self._between_steps = True
-        optim = job.recipe.optim
-        named = networks.named(job.stage.trains)
-        for parameter in [*networks.dit.parameters(), *networks.controlnet.parameters()]:
-            parameter.requires_grad_(False)
-        for parameter in named.values():
-            parameter.requires_grad_(True)
-        # Matrices first, since only they decay; the optimizer's order is the masters' order.
-        named = dict(sorted(named.items(), key=lambda item: item[1].ndim < 2))
-        self.masters = Masters(named, optim.ema)
-        decays = [m for m in self.masters.master if m.ndim >= 2]
-        plain = [m for m in self.masters.master if m.ndim < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decays, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=optim.lr,
-            betas=optim.betas,
-            fused=True,
+def _same_photos(out: Path, source: Source) -> None:
+    """Record the fingerprint of the photos, or see that a resumed run has the same ones."""
+    before = checkpoints.read_run(out).get("data_sha256")
+    if before is None:
+        photos = {"training": len(source.training), "held_out": len(source.validation), "skipped": len(source.skipped)}
+        checkpoints.note_facts(out, {"data_sha256": source.data_sha256, "photos": photos})
+    elif before != source.data_sha256:
+        raise TrainingError(
+            f"the photos changed since {out} was begun",
+            f"bring them back, or warm-start a new run with --init-from {out / 'bundle'}",
         )
 
-    def restore(self, tensors: dict[str, dict[str, torch.Tensor]], state: dict) -> None:
-        """Continue from a checkpoint's content."""
-        with torch.no_grad():
-            for name, master, average in zip(
-                self.masters.names, self.masters.master, self.masters.average, strict=True
-            ):
-                master.copy_(tensors["weights"][name])
-                average.copy_(tensors["average"][name])
-            for name in ("mean_K", "basis_CK", "gain_C"):
-                getattr(self.networks.autoencoder, name).copy_(tensors["transform"][name])
-        self.masters.restore()
-        checkpoints.restore_optimizer(self.optimizer, self.masters.names, tensors["optimizer"])
-        self.step = int(state["step"])
 
-    def save(self) -> None:
-        masters, autoencoder = self.masters, self.networks.autoencoder
-        checkpoints.save(
-            self.job.out,
-            self.step,
-            {
-                "weights": dict(zip(masters.names, masters.master, strict=True)),
-                "average": masters.averages(),
-                "optimizer": checkpoints.optimizer_tensors(self.optimizer, masters.names),
-                "transform": {name: getattr(autoencoder, name) for name in ("mean_K", "basis_CK", "gain_C")},
-            },
-            {"recipe": self.job.recipe_name, "version": __version__},
-        )
-
-    def go(self, last: int, progress: Progress) -> dict[str, float]:
-        """Steps up to `last`; saves on the way, at the end and when interrupted. Returns the last validation's
-        figures."""
-        recipe, figures = self.job.recipe, {}
-        progress.phase(f"train {self.job.stage.name}", last)
-        progress.advance(self.step)
-        crops = _Crops(self.source, recipe, self.step)
-        try:
-            while self.step < last:
-                began = time.monotonic()
-                terms = self._one(next(crops))
-                progress.advance()
-                if self.step % recipe.log_every == 0:
-                    line = {k: round(v, 5) for k, v in terms.items()}
-                    line["seconds"] = round(time.monotonic() - began, 3)
-                    checkpoints.append_log(self.job.out, {"step": self.step, **line})
-                if self.step % recipe.save_every == 0:
-                    self.save()
-                if self.step % recipe.validate_every == 0 or self.step == last:
-                    figures = self._validate(progress)
-        finally:
-            crops.close()
-            # Also on Ctrl-C: the step in progress is lost, none before it. Weights that are half a step ahead are
-            # not saved: the checkpoint before them leads to the same result.
-            if self._between_steps:
-                self.save()
-        return figures
-
-    def _one(self, batch: Batch) -> dict[str, float]:
-        job, recipe = self.job, self.job.recipe
-        hq, lq_up = batch.hq_BCPQ.to(job.device), batch.lq_up_BCPQ.to(job.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, self.step)
-        with torch.autocast(job.device.type, job.dtype, enabled=job.dtype != torch.float32):
-            if job.stage.restore:
-                texts = blank_some(recipe, self.step, batch.local_texts, batch.global_texts)
-                loss, terms = restoration_step(self.networks, recipe, self.perceptual, self.step, hq, lq_up, texts)
-            else:
-                loss, terms = reconstruction_step(self.networks, hq)
-        loss.backward()
-        norm = self.masters.take_gradients(recipe.optim.clip)
-        if not torch.isfinite(torch.tensor([float(loss.detach()), norm])).all():
-            raise TrainingError(
-                f"the loss is not finite at step {self.step}",
-                "write the last checkpoint's bundle with --resume --max-steps 0, then start a new run from it with "
-                "--init-from and a lower --set optim.lr",
-            )
-        self._between_steps = False
-        self.optimizer.step()
-        self.masters.publish(self.step)
-        self.step += 1
-        self._between_steps = True
-        return {"loss": float(loss.detach()), **terms, "norm": norm}
-
-    def _validate(self, progress: Progress) -> dict[str, float]:
-        self.masters.show_average()
-        figures = validate(self.networks, self.job.recipe, self.source, self.perceptual, self.job.stage)
-        self.masters.restore()
-        checkpoints.append_log(self.job.out, {"step": self.step, "validation": figures})
-        progress.note(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
-        return figures
-
-
-class _Crops:
-    """Batches in step order; the size of a step's crops is drawn from the step alone."""
-
-    def __init__(self, source: PhotoSource, recipe: Recipe, start: int) -> None:
-        plans = recipe.data.crops
-        self._recipe, self._step = recipe, start
-        before = [0] * len(plans)
-        for step in range(start):
-            before[plan_of_step(recipe, step)] += 1
-        self._streams: list[Generator[Batch]] = [
-            batches(source, crop_settings(recipe, i), plan.batch, before[i], recipe.data.workers)
-            for i, plan in enumerate(plans)
-        ]
-
-    def __next__(self) -> Batch:
-        plan = plan_of_step(self._recipe, self._step)
-        self._step += 1
-        return next(self._streams[plan])
-
-    def close(self) -> None:
-        for stream in self._streams:
-            stream.close()
-
-
-def plan_of_step(recipe: Recipe, step: int) -> int:
-    """Index into `recipe.data.crops` of the crop size used in `step`."""
-    draw = generator(recipe.seed, "crop-plan", step).random()
-    for index, plan in enumerate(recipe.data.crops):
-        draw -= plan.share
-        if draw < 0:
-            return index
-    return len(recipe.data.crops) - 1
-
-
-def crop_settings(recipe: Recipe, plan: int, held_out: bool = False) -> CropSettings:
-    """Settings of the crops of one plan; plans draw from different seeds."""
-    data = recipe.data
-    return CropSettings(
-        crop=data.crops[plan].size,
-        preset=data.preset,
-        mix=tuple(sorted(data.mix.items())),
-        usm=data.sharpen,
-        seed=recipe.seed + 1000 * plan,
-        dead_leaves=0.0 if held_out else data.dead_leaves,
-        p_full=0.0 if held_out else data.full_photo,
-        held_out=held_out,
-    )
-
-
-def blank_some(recipe: Recipe, step: int, local: list[str], glob: list[str]) -> tuple[list[str], list[str]]:
-    """The prompts, with both of a sample empty at the recipe's rate, so that `--captioner none` works."""
-    kept = [generator(recipe.seed, "no-text", step, b).random() >= recipe.data.no_text for b in range(len(local))]
-    return [t if k else "" for t, k in zip(local, kept, strict=True)], [
-        t if k else "" for t, k in zip(glob, kept, strict=True)
-    ]
-
-
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then cosine decay to `final` of the peak at the recipe's last step."""
-    optim = recipe.optim
-    if step < optim.warmup:
-        return optim.lr * (step + 1) / optim.warmup
-    done = min(1.0, (step - optim.warmup) / max(1, recipe.steps - optim.warmup))
-    cosine = 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * done))))
-    return optim.lr * (optim.final + (1 - optim.final) * cosine)
-
-
-def _fit(networks: Networks, source: PhotoSource, recipe: Recipe) -> dict[str, float]:
+def _fit(networks: Networks, source: Source, recipe: Recipe) -> dict[str, float]:
     stream = batches(source, crop_settings(recipe, 0), 16, workers=0)
     tensors = [next(stream).hq_BCPQ * 2 - 1 for _ in range(FIT_CROPS // 16)]
-    return networks.autoencoder.fit(tensors)
+    return networks.patches.fit(tensors)
+
+
+def _write_bundle(
+    job: TrainJob, run: Run, source: Source, base: Bundle | None, start: Bundle | None, figures: dict[str, float]
+) -> None:
+    networks, origin = run.networks, start or base
+    before = 0 if origin is None else origin.config.training.steps
+    record = TrainingRecord(
+        recipe=job.recipe_name, steps=run.step + before, data_sha256=source.data_sha256, dreamsr=__version__
+    )
+    config = dataclasses.replace(networks.config, training=record)
+    card = Card(
+        stage=job.stage.name,
+        recipe=job.recipe_name + ("" if job.recipe.ablation == "none" else f", ablation {job.recipe.ablation}"),
+        steps=run.step,
+        data=f"{len(source.training)} {source.kind} of {job.data.name}, {len(source.validation)} held back, "
+        f"{len(source.skipped)} left out",
+        data_sha256=source.data_sha256,
+        perceptual=describe(job.recipe.loss.perceptual if job.stage.restore else "none"),
+        losses=_losses(job.stage, job.recipe),
+        figures=figures,
+        command=checkpoints.read_run(job.out).get("command", provenance.command()),
+    )
+    keep = () if base is None else untouched(networks, base, start, job.stage.trains)
+    folder = job.out / "bundle"
+    export(networks, run.shipped(), folder, config, base=base, keep=keep, card=card, write=run.team.main)
+    if run.team.main and is_flux(config.licence):
+        run.progress.note(f"{folder}: derived from FLUX.1 [dev], so its non-commercial licence binds it (README.md)")
+
+
+def _losses(stage: Stage, recipe: Recipe) -> str:
+    loss, weight = recipe.loss, gan_weight(recipe, stage)
+    perceptual = loss.perceptual != "none"
+    words = []
+    if not stage.restore:
+        return "Charbonnier on the round trip of clean crops"
+    if stage.removes:
+        terms = ["latent MSE", f"pixel {loss.pixel_kind}"]
+        terms += [f"{loss.removal_perceptual:g} · {loss.perceptual}"] * perceptual
+        terms += [f"{weight:g} · GAN from step {loss.gan_start} on (hinge, spectrally normalised U-Net)"] * (weight > 0)
+        words.append("removal (eq. 7): " + " + ".join(terms))
+    if stage.textures:
+        extra = f" + {loss.texture_perceptual:g} · {loss.perceptual}" * perceptual
+        words.append(f"texture: velocity (eq. 5), for t ≤ 0.2 also pixel {loss.pixel_kind}{extra} (eq. 6)")
+    return "; ".join(words)

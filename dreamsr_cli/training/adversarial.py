@@ -1,0 +1,88 @@
+"""The GAN term of eq. 7: the discriminator with its own optimizer, beside the networks that learn.
+
+It learns from the very pictures the removal step just made, after the networks' own update. It is saved with every
+checkpoint and never shipped.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dreamsr_cli.losses import hinge_discriminator
+from dreamsr_cli.models.discriminator import fresh
+from dreamsr_cli.training.distributed import Team
+from dreamsr_cli.training.recipe import PAPERS_GAN, Recipe
+from dreamsr_cli.training.stages import Stage
+
+BETAS = (0.5, 0.99)
+"""AdamW's decay rates: a short memory of gradients, since what is to be told apart keeps changing."""
+
+
+def gan_weight(recipe: Recipe, stage: Stage) -> float:
+    """lambda_2: the recipe's, or where it says nothing the paper's in the paper's stages, none in `backbone`."""
+    if not stage.removes:
+        return 0.0
+    if recipe.loss.gan is not None:
+        return recipe.loss.gan
+    return PAPERS_GAN if stage.prior else 0.0
+
+
+class Adversary:
+    """The discriminator, its optimizer and its schedule, in float32."""
+
+    def __init__(self, recipe: Recipe, weight: float, team: Team) -> None:
+        self.weight, self._team = weight, team
+        self.starts, self.learns_from = recipe.loss.gan_start, max(0, recipe.loss.gan_start - recipe.loss.gan_lead)
+        self.network = fresh(recipe.seed).to(team.device)
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=recipe.loss.gan_lr, betas=BETAS, weight_decay=0.0
+        )
+
+    def counts(self, step: int) -> bool:
+        """Whether the GAN term is part of the loss of `step`."""
+        return step >= self.starts
+
+    def judge(self, fake_BCPQ: Tensor) -> Tensor:
+        """Logits whose gradient goes to the pictures only; the spectral norms are not updated."""
+        self.network.eval().requires_grad_(False)
+        return self.network(fake_BCPQ.float())
+
+    def learn(self, step: int, fakes: list[Tensor], reals: list[Tensor]) -> dict[str, Tensor]:
+        """One update from the pictures of all passes of `step`; its terms for the log, {} before it learns."""
+        if step < self.learns_from:
+            return {}
+        self.network.requires_grad_(True)
+        self.optimizer.zero_grad(set_to_none=True)
+        share, totals = 1 / len(fakes), torch.zeros(3, device=self._team.device)
+        for number, (fake, real) in enumerate(zip(fakes, reals, strict=True)):
+            # Spectral norms are updated once a step, however many passes it has.
+            self.network.train(number == 0)
+            # One call for both, so that they see the same spectral norms.
+            logits_real, logits_fake = self.network(torch.cat([real, fake]).float()).chunk(2)
+            loss = hinge_discriminator(logits_real, logits_fake)
+            (share * loss).backward()
+            totals += share * torch.stack([loss.detach(), logits_real.detach().mean(), logits_fake.detach().mean()])
+        self._team.average_gradients(self.network.parameters())
+        self.optimizer.step()
+        return dict(zip(("discriminator", "real_logit", "fake_logit"), totals, strict=True))
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """For a checkpoint: weights with the norms' running vectors, and the optimizer's moments."""
+        moments = {}
+        for name, parameter in self.network.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                moments[f"{name}|{key}"] = value
+        return {"discriminator": self.network.state_dict(), "discriminator_optimizer": moments}
+
+    def restore(self, saved: dict[str, dict[str, Tensor]]) -> None:
+        """The inverse of `tensors`; a checkpoint without a discriminator leaves it fresh."""
+        if "discriminator" not in saved:
+            return
+        self.network.load_state_dict(saved["discriminator"])
+        by_name = dict(self.network.named_parameters())
+        for key, value in saved["discriminator_optimizer"].items():
+            name, moment = key.split("|")
+            # AdamW's step count stays on the CPU.
+            place = "cpu" if moment == "step" else self._team.device
+            self.optimizer.state[by_name[name]][moment] = value.to(place)

@@ -1,0 +1,54 @@
+"""What the networks make of held-out crops, for the sheets in the run folder: both stages on whole crops.
+
+Axes: B batch, C channels, H W latent.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dreamsr_cli import flow
+from dreamsr_cli.draws import generator
+from dreamsr_cli.training.crops import batches
+from dreamsr_cli.training.networks import Networks
+from dreamsr_cli.training.recipe import Recipe
+from dreamsr_cli.training.samples import Row
+from dreamsr_cli.training.sources import Source
+from dreamsr_cli.training.stages import Stage
+from dreamsr_cli.training.step_crops import crop_settings, on_device
+from dreamsr_cli.training.steps import encode_texts, remove, texture_velocity
+
+SHOWN = 4
+"""Crops on a sheet."""
+
+
+@torch.no_grad()
+def sample_rows(networks: Networks, recipe: Recipe, source: Source, stage: Stage) -> list[Row]:
+    """One row per crop, pictures in [0, 1]: the same crops, texts and noise every time."""
+    stream = batches(source, crop_settings(recipe, 0, held_out=True), SHOWN, workers=0)
+    crops = on_device(next(stream), networks.device)
+    stream.close()
+    autoencoder, sampling = networks.autoencoder, networks.config.sampling
+    shown = {"LQ": crops.lq_up, "HQ": crops.hq}
+    if not stage.restore:
+        shown["round trip"] = autoencoder.decode(autoencoder.encode(crops.hq * 2 - 1)) / 2 + 0.5
+    else:
+        glob = encode_texts(networks, crops.global_texts)
+        local = encode_texts(networks, crops.local_texts) if networks.config.control.text else glob
+        z = autoencoder.encode(crops.lq_up * 2 - 1)
+        if networks.lora is not None:
+            z = remove(networks, z, local, glob, sampling)
+            shown["removed"] = autoencoder.decode(z) / 2 + 0.5
+        condition = z
+        noise = [generator(recipe.seed, "sample-noise", b).standard_normal(z.shape[1:]) for b in range(len(z))]
+        eps = torch.stack([torch.from_numpy(n).float() for n in noise]).to(z)
+
+        def velocity(z_t: torch.Tensor, t: float) -> torch.Tensor:
+            return texture_velocity(
+                networks, z_t, z_t.new_full((len(z_t),), t), condition, local, glob, sampling.prediction
+            )
+
+        z = flow.euler(flow.mix(z, eps, sampling.t_start), velocity, flow.timesteps(sampling.t_start, sampling.steps))
+        shown["textured"] = autoencoder.decode(z) / 2 + 0.5
+    names = [f"crop {b + 1}: {text}" for b, text in enumerate(crops.local_texts)]
+    return [(name, {label: x[b] for label, x in shown.items()}) for b, name in enumerate(names)]

@@ -1,0 +1,43 @@
+"""The benchmark of `degrade` makes the crops it counts."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dreamsr_cli.degradations import pixel
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.mark.slow
+def test_quick_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    script = importlib.import_module("degrade")
+    assert script.main(["--quick", "--preset", "seesr-mild", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    one, two = (found["files"][workers]["crops_per_second"] for workers in "12")
+    assert found["pixels_alone"] > one > 0 and found["ratio"] == pytest.approx(two / one)
+
+
+def test_a_slow_pipeline_shows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    script = importlib.import_module("degrade")
+    script.write_photo(tmp_path / "photo.jpg", 128)
+    fast, _ = script.files(tmp_path / "photo.jpg", tmp_path / "out", "seesr-mild", 64, 8, 1)
+    assert len(list((tmp_path / "out" / "lq").iterdir())) == 9
+    degrade = pixel.degrade
+
+    def slow(hq_CPQ: torch.Tensor, params: pixel.PixelParams) -> torch.Tensor:
+        time.sleep(0.2)
+        return degrade(hq_CPQ, params)
+
+    monkeypatch.setattr(pixel, "degrade", slow)
+    slowed, _ = script.files(tmp_path / "photo.jpg", tmp_path / "out", "seesr-mild", 64, 8, 1)
+    assert slowed < 5 < fast
+    assert script.pixels_alone("seesr-mild", 64, 4) < 5
