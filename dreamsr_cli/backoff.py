@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dreamsr_cli.errors import DeviceError
+from dreamsr_cli.models.restorer import Restorer
 from dreamsr_cli.progress import Progress
 
 
@@ -22,16 +23,19 @@ class WorkPlan:
     """Tiles per network call."""
     control_bytes: int
     """Control features kept between steps, at most."""
-    offload: bool = False
-    """Weights wait in RAM and go to the device layer by layer."""
+    offload: str = "none"
+    """What waits in RAM (`Restorer.place`)."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the journal."""
         return dataclasses.asdict(self)
 
 
-def next_plan(plan: WorkPlan, device: torch.device) -> tuple[WorkPlan, str] | None:
-    """The next smaller plan and the one line that says so; None where nothing smaller is left."""
+def next_plan(plan: WorkPlan, device: torch.device, movable: bool = True) -> tuple[WorkPlan, str] | None:
+    """The next smaller plan and the one line that says so; None where nothing smaller is left.
+
+    `movable`: the weights can be moved block by block (NF4's can't).
+    """
     if plan.tile_batch > 1:
         half = plan.tile_batch // 2
         return dataclasses.replace(
@@ -39,9 +43,22 @@ def next_plan(plan: WorkPlan, device: torch.device) -> tuple[WorkPlan, str] | No
         ), f"--tile-batch {plan.tile_batch} doesn't fit: going on with {half}"
     if plan.control_bytes:
         return dataclasses.replace(plan, control_bytes=0), "control features are computed again instead of kept"
-    if not plan.offload and device.type != "cpu":
-        return dataclasses.replace(plan, offload=True), "weights wait in RAM and go to the device layer by layer"
+    if plan.offload != "block" and movable and device.type != "cpu":
+        return dataclasses.replace(plan, offload="block"), "weights wait in RAM and go to the device block by block"
     return None
+
+
+def place_weights(restorer: Restorer, plan: WorkPlan, allowed: bool, progress: Progress) -> WorkPlan:
+    """Bring the networks to their device as `plan` says; where they don't fit and it is `allowed`, block by block."""
+    try:
+        restorer.place(plan.offload)
+        return plan
+    except torch.OutOfMemoryError:
+        if not allowed or plan.offload == "block":
+            raise
+    progress.note(f"the weights don't fit on {restorer.device}: they wait in RAM and go there block by block")
+    restorer.place("block")
+    return dataclasses.replace(plan, offload="block")
 
 
 def settle(
@@ -51,6 +68,7 @@ def settle(
     tile: int,
     allowed: bool,
     progress: Progress,
+    movable: bool = True,
 ) -> WorkPlan:
     """The first plan under which `attempt` (one full batch) fits the device's memory.
 
@@ -61,7 +79,7 @@ def settle(
             attempt(plan)
             return plan
         except (torch.OutOfMemoryError, MemoryError) as error:
-            smaller = next_plan(plan, device) if allowed else None
+            smaller = next_plan(plan, device, movable) if allowed else None
             if smaller is None:
                 hint = "leave out --no-backoff" if not allowed else f"use --tile {smaller_tile(tile)}"
                 raise DeviceError(f"out of memory on {device} with tiles of {tile} px", hint) from error

@@ -13,6 +13,7 @@ from dreamsr_cli.config import BundleConfig
 from dreamsr_cli.counting import BlockSizes, ContextSizes, TextSizes
 from dreamsr_cli.counting_pixels import AutoencoderSizes
 from dreamsr_cli.errors import WeightsError
+from dreamsr_cli.weights import weights_folder
 
 
 @dataclass(frozen=True)
@@ -60,29 +61,29 @@ class BundleSizes:
         return parameters + (counting.context_parameters(self.context) if self.context else 0)
 
 
+PUBLISHED = Path(__file__).resolve().parent / "bundles" / "part_sizes.json"
+"""What the config.json of parts that are fetched says about their sizes, so that a plan needs no download."""
+
+
 def read_sizes(config: BundleConfig, part_folder: Callable[[str], Path]) -> BundleSizes:
     """The sizes of the bundle with this bundle.json; `part_folder(name)` says where a part lies.
 
-    Only JSON files are opened. Raises `WeightsError` where one is missing or belongs to another kind of network.
+    Only JSON files are opened. A part that weights.lock names need not be on this machine: its published sizes are
+    known. Raises `WeightsError` where a config is missing or belongs to another kind of network.
     """
     parts, control = config.parts, config.control
-    text_folder = part_folder("text_encoder")
-    is_flux_text = not (text_folder / "config.json").is_file()
+    known = _Configs(config, part_folder)
     try:
         return BundleSizes(
             name=config.name,
-            transformer=BlockSizes.from_config(_read(part_folder("transformer"))),
-            controlnet=BlockSizes.from_config(_read(part_folder("controlnet"))),
-            context=ContextSizes.from_config(_read(part_folder("context_attention")))
+            transformer=BlockSizes.from_config(known.of("transformer")),
+            controlnet=BlockSizes.from_config(known.of("controlnet")),
+            context=ContextSizes.from_config(known.of("context_attention"))
             if control.text and "context_attention" in parts
             else None,
-            lora_rank=int(_read(part_folder("lora"), "adapter_config.json")["r"]) if "lora" in parts else 0,
-            autoencoder=AutoencoderSizes(_read(part_folder("vae"))),
-            text=TextSizes.from_configs(
-                {} if is_flux_text else _read(text_folder),
-                _read(text_folder / "text_encoder") if is_flux_text else {},
-                _read(text_folder / "text_encoder_2") if is_flux_text else {},
-            ),
+            lora_rank=int(known.of("lora", file="adapter_config.json")["r"]) if "lora" in parts else 0,
+            autoencoder=AutoencoderSizes(known.of("vae")),
+            text=known.text(),
             max_text_tokens=config.defaults.max_text_tokens,
             control_is_clean=control.timestep == "clean",
         )
@@ -90,6 +91,37 @@ def read_sizes(config: BundleConfig, part_folder: Callable[[str], Path]) -> Bund
         raise WeightsError(
             f"bundle {config.name}: a part's config doesn't fit: {error!r}", "fetch or train the bundle again"
         ) from error
+
+
+class _Configs:
+    """The config.json files of a bundle's parts."""
+
+    def __init__(self, config: BundleConfig, part_folder: Callable[[str], Path]) -> None:
+        self._parts, self._part_folder = config.parts, part_folder
+
+    def of(self, name: str, within: str = "", file: str = "config.json") -> dict[str, Any]:
+        """The config of a part, or of a folder within it."""
+        part = self._parts.get(name)
+        if part is None or part.lock is None:
+            return _read(self._part_folder(name) / within, file)
+        inside = "/".join(piece for piece in (part.subfolder, within) if piece)
+        # Where the weights lie they are not hashed for a plan: their sizes are all that counts.
+        here = weights_folder(part.lock) / inside
+        if (here / file).is_file():
+            return _read(here, file)
+        published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+        for key in (f"{part.lock}/{inside}" if inside else part.lock, f"{part.lock}/{name}"):
+            if key in published:
+                return published[key]
+        raise WeightsError(f"the weights of {part.lock} are not on this machine", f"dreamsr fetch-weights {part.lock}")
+
+    def text(self) -> TextSizes:
+        """Of the built-in encoder, or of CLIP and T5, whose part has no config.json of its own."""
+        part = self._parts.get("text_encoder")
+        if (part is None or part.lock is None) and (self._part_folder("text_encoder") / "config.json").is_file():
+            return TextSizes.from_configs(self.of("text_encoder"), {}, {})
+        two = (self.of("text_encoder", within) for within in ("text_encoder", "text_encoder_2"))
+        return TextSizes.from_configs({}, *two)
 
 
 def _read(folder: Path, name: str = "config.json") -> dict[str, Any]:

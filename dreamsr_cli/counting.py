@@ -41,11 +41,15 @@ class BlockSizes:
     """Image projections M_img: one per feature in a ControlNet, else 0."""
     mlp: bool = False
     """Projections of two layers."""
+    embeds_condition: bool = False
+    """A ControlNet of diffusers' kind: it embeds the condition beside the noisy latent."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> BlockSizes:
-        """From the config of `FluxTransformer2DModel` or `MMControlNet`. Raises `KeyError` for one of another class."""
-        is_control = "num_single_layers" not in config
+        """From the config of `FluxTransformer2DModel`, `FluxControlNetModel` or `MMControlNet`. Raises `KeyError` for
+        one of another class."""
+        is_public = config.get("_class_name") == "FluxControlNetModel" or "num_mode" in config
+        is_control = is_public or "num_single_layers" not in config
         head_dim, channels = int(config["attention_head_dim"]), int(config["in_channels"])
         return cls(
             width=head_dim * int(config["num_attention_heads"]),
@@ -59,6 +63,7 @@ class BlockSizes:
             guidance=bool(config.get("guidance_embeds", False)),
             projections=int(config["num_layers"]) if is_control else 0,
             mlp=bool(config.get("mlp", False)),
+            embeds_condition=is_public,
         )
 
 
@@ -84,7 +89,7 @@ def transformer_flops(
     per_token += lora_rank * d * (sizes.double * double_lora + sizes.single * single_lora)
     flops = 2 * batch * tokens * per_token
     flops += (sizes.double + sizes.single) * 4 * batch * tokens**2 * d
-    flops += 2 * batch * image_tokens * d * (sizes.in_channels + sizes.out_channels)
+    flops += 2 * batch * image_tokens * d * (sizes.in_channels * (1 + sizes.embeds_condition) + sizes.out_channels)
     layers = sizes.projections * (2 if sizes.mlp else 1)
     flops += 2 * batch * image_tokens * layers * d * d
     return flops + 2 * modulations * (_modulation(sizes) + text_tokens * sizes.text_width * d)
@@ -92,20 +97,33 @@ def transformer_flops(
 
 def transformer_parameters(sizes: BlockSizes, lora_rank: int = 0) -> int:
     """All weights and biases, with those of the adapter."""
+    d = sizes.width
+    double, single = block_parameters(sizes)
+    embedders = (1 + sizes.guidance) * (linear_parameters(TIME_CHANNELS, d) + linear_parameters(d, d))
+    embedders += linear_parameters(sizes.pooled_width, d) + linear_parameters(d, d)
+    embedders += (1 + sizes.embeds_condition) * linear_parameters(sizes.in_channels, d)
+    embedders += linear_parameters(sizes.text_width, d)
+    head = linear_parameters(d, 2 * d) + linear_parameters(d, sizes.out_channels) if sizes.out_channels else 0
+    projections = sizes.projections * (2 if sizes.mlp else 1) * linear_parameters(d, d)
+    double_lora, single_lora = lora_parameters(sizes, lora_rank)
+    blocks = sizes.double * (double + double_lora) + sizes.single * (single + single_lora)
+    return blocks + embedders + head + projections
+
+
+def block_parameters(sizes: BlockSizes) -> tuple[int, int]:
+    """Of one double and of one single block."""
     d, hidden = sizes.width, FEED_FORWARD * sizes.width
     stream = 4 * linear_parameters(d, d) + linear_parameters(d, hidden) + linear_parameters(hidden, d)
     double = 2 * (stream + linear_parameters(d, 6 * d) + 2 * sizes.head_dim)
     single = 3 * linear_parameters(d, d) + linear_parameters(d, hidden) + linear_parameters(d + hidden, d)
-    single += linear_parameters(d, 3 * d) + 2 * sizes.head_dim
-    embedders = (1 + sizes.guidance) * (linear_parameters(TIME_CHANNELS, d) + linear_parameters(d, d))
-    embedders += linear_parameters(sizes.pooled_width, d) + linear_parameters(d, d)
-    embedders += linear_parameters(sizes.in_channels, d) + linear_parameters(sizes.text_width, d)
-    head = linear_parameters(d, 2 * d) + linear_parameters(d, sizes.out_channels) if sizes.out_channels else 0
-    projections = sizes.projections * (2 if sizes.mlp else 1) * linear_parameters(d, d)
-    double_lora = 2 * d * (4 * 2 + 2 * (1 + FEED_FORWARD))
-    single_lora = d * (3 * 2 + (1 + FEED_FORWARD) + (2 + FEED_FORWARD))
-    adapter = lora_rank * (sizes.double * double_lora + sizes.single * single_lora)
-    return sizes.double * double + sizes.single * single + embedders + head + projections + adapter
+    return double, single + linear_parameters(d, 3 * d) + 2 * sizes.head_dim
+
+
+def lora_parameters(sizes: BlockSizes, rank: int) -> tuple[int, int]:
+    """Of the adapter in one double and in one single block."""
+    double = 2 * sizes.width * (4 * 2 + 2 * (1 + FEED_FORWARD))
+    single = sizes.width * (3 * 2 + (1 + FEED_FORWARD) + (2 + FEED_FORWARD))
+    return rank * double, rank * single
 
 
 def _modulation(sizes: BlockSizes) -> int:
@@ -171,6 +189,10 @@ class TextSizes:
     """Values per token of the embedding."""
     bytes_per_token: int | None
     """UTF-8 bytes in one token of the built-in encoder; None where every prompt is padded to the longest."""
+    blocks: int = 0
+    """Parameters of T5's blocks, which may be quantized and moved one by one; 0: the built-in encoder."""
+    largest_block: int = 0
+    """Parameters of one of them."""
 
     @classmethod
     def from_configs(cls, config: Mapping[str, Any], clip: Mapping[str, Any], t5: Mapping[str, Any]) -> TextSizes:
@@ -194,7 +216,8 @@ class TextSizes:
         gated = str(t5.get("feed_forward_proj", "relu")).startswith("gated")
         t5_weights = int(t5["num_layers"]) * (4 * d * inner + (3 if gated else 2) * d * ff)
         parameters = clip_weights + t5_weights + int(t5["vocab_size"]) * d + (int(clip["vocab_size"]) + length) * h
-        return cls(2 * t5_weights, int(t5["num_layers"]) * 4 * inner, fixed, parameters, d, None)
+        layers = int(t5["num_layers"])
+        return cls(2 * t5_weights, layers * 4 * inner, fixed, parameters, d, None, t5_weights, t5_weights // layers)
 
     def tokens(self, utf8_bytes: int, longest: int) -> int:
         """Tokens of a prompt of that many bytes; `longest` is the bundle's limit."""

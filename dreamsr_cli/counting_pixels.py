@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from dreamsr_cli.counting import linear_parameters
@@ -17,6 +18,16 @@ FOLD = 4
 """Side of the pixel blocks that the built-in refiner works on."""
 FLUX_HALO = 64
 """Pixels decoded around a strip with an autoencoder that has no bounded receptive field."""
+FLUX_COLUMNS = 1024
+"""Pixel columns of a strip that such an autoencoder handles at once, without the halo."""
+
+
+def column_spans(columns: int) -> list[tuple[int, int, int, int]]:
+    """(begin, end, first, last) in pixels: a strip's spans of equal width up to `FLUX_COLUMNS`, and what is computed
+    for each, which is the halo more on both sides."""
+    count = max(1, -(-columns // FLUX_COLUMNS))
+    edges = [columns // STRIDE * i // count * STRIDE for i in range(count)] + [columns]
+    return [(begin, end, max(0, begin - FLUX_HALO), min(columns, end + FLUX_HALO)) for begin, end in pairwise(edges)]
 
 
 @dataclass(frozen=True)
@@ -47,12 +58,14 @@ class AutoencoderSizes:
         """Pixels to latent."""
         if self.exact:
             return rows * columns * 2 * 3 * self.channels
-        return sum(flops for flops, _ in _encoder(self.config, rows, columns))
+        spans = column_spans(columns)
+        return sum(flops for *_, first, last in spans for flops, _ in _encoder(self.config, rows, last - first))
 
     def decode_flops(self, rows: int, columns: int) -> int:
         """Latent to pixels."""
         if not self.exact:
-            return sum(flops for flops, _ in _decoder(self.config, rows, columns))
+            spans = column_spans(columns)
+            return sum(flops for *_, first, last in spans for flops, _ in _decoder(self.config, rows, last - first))
         folded = rows * columns // FOLD**2
         return rows * columns * 2 * 3 * self.channels + folded * 2 * self._refiner_weights()
 
@@ -66,9 +79,10 @@ class AutoencoderSizes:
 
     def working_bytes(self, rows: int, columns: int, itemsize: int) -> int:
         """About what decoding that many pixels at once needs for activations of `itemsize` bytes."""
-        pixels = rows * columns
         if self.exact:
+            pixels = rows * columns
             return pixels // FOLD**2 * int(self.config["refiner_width"]) * itemsize * 4 + pixels * 3 * 4 * 3
+        pixels = rows * max(last - first for *_, first, last in column_spans(columns))
         wide = max(int(c) for c in self.config["block_out_channels"][:2])
         return pixels * wide * itemsize * 4
 

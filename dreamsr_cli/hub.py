@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +107,7 @@ class Hub:
         return str(info.sha), sorted(files, key=lambda file: file.path)
 
     @contextmanager
-    def _explained(self, entry: LockEntry, path: str) -> Iterator[None]:
+    def _explained(self, entry: LockEntry, path: str) -> Generator[None]:
         """Turn the hub's and the disk's exceptions into a `WeightsError`."""
         from huggingface_hub import errors
 

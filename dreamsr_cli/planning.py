@@ -16,6 +16,7 @@ from dreamsr_cli.counting_pixels import STRIDE
 from dreamsr_cli.errors import InputError, UsageError
 from dreamsr_cli.images import PhotoInfo
 from dreamsr_cli.machine import Estimate, Machine, estimate, remember_efficiency
+from dreamsr_cli.memory_plan import Phase
 from dreamsr_cli.multidiffusion import slots_needed
 from dreamsr_cli.photo_writer import SIDE_LIMITS, resolve_bit_depth, resolve_format
 from dreamsr_cli.tiling import TileGrid, canvas_size, make_grid
@@ -53,6 +54,10 @@ class Plan:
     """Operations by phase."""
     memory: dict[str, int]
     """Estimated bytes: "host" (peak of RAM), "device" (peak on the card, 0 on a CPU), and what they consist of."""
+    phases: dict[str, Phase]
+    """What "text", "restore" and "decode" need on the device, one after the other."""
+    quantize: str
+    offload: str
     disk: dict[str, int]
     """Bytes at the output while it is in work, and "total"."""
     free_disk: int
@@ -107,6 +112,9 @@ class Plan:
             "calls": self.calls,
             "flops": {**self.flops, "total": self.total_flops},
             "memory": self.memory,
+            "phases": {name: phase.to_json() for name, phase in self.phases.items()},
+            "quantize": self.quantize,
+            "offload": self.offload,
             "fits_memory": self.fits_memory,
             "disk": self.disk,
             "free_disk": self.free_disk,
@@ -161,6 +169,9 @@ def plan(
         calls=work.calls(),
         flops=flops,
         memory=work.memory(info, width),
+        phases=work.phases(),
+        quantize=settings.quantize,
+        offload=settings.offload,
         disk=disk,
         free_disk=free,
         machine=machine,

@@ -64,7 +64,10 @@ class Texts:
 
 
 class Sampler:
-    """Both stages for one canvas. Canvases lie in the journal; only batches of tiles go to the device."""
+    """Both stages for one canvas. Canvases lie in the journal; only batches of tiles go to the device.
+
+    Without gradients, but not in inference mode: quantized weights can't be moved in that.
+    """
 
     def __init__(
         self,
@@ -91,7 +94,7 @@ class Sampler:
         self.shape = (channels, grid.canvas_height // STRIDE, grid.canvas_width // STRIDE)
         self._slots = journal.slots(slots_needed(grid, self.batch), (channels, height, width))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def probe(self) -> None:
         """One full batch through both networks, on zeros: what doesn't fit the device's memory fails here."""
         tiles = (self.grid.tiles[0],) * self.batch
@@ -100,7 +103,7 @@ class Sampler:
         guidance = REMOVAL_GUIDANCE if self._has_guidance else None
         self._removal_velocity(z_BCHW, tiles, guidance)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def remove(self, z_lq: RowFile) -> RowFile:
         """Stage 1: z_dr = z_lq - t_r * v, one forward pass per tile with the LoRA on; v is merged over tiles first."""
         t_r = np.float32(self.sampling.t_r)
@@ -115,7 +118,7 @@ class Sampler:
             piece.append(z_lq.rows(top, bottom) - t_r * v_CHW)
         return piece.finish()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def texture(self, z_dr: RowFile, t_start: float, steps: int, seed: int, guidance: float | None) -> RowFile:
         """Stage 2: renoise z_dr to `t_start` (eq. 3), then `steps` Euler steps on the whole canvas, LoRA off."""
         guidance = guidance if self._has_guidance else None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dreamsr_cli.config import CAPTIONERS, PROMPT_MODES, TILE_BATCH, UpscaleConfig, is_captioner
+from dreamsr_cli.config import CAPTIONERS, PROMPT_MODES, UpscaleConfig, is_captioner
 from dreamsr_cli.errors import UsageError
-from dreamsr_cli.memory_choice import choose_memory
+from dreamsr_cli.memory_choice import decide_memory
 from dreamsr_cli.models.bundle import Bundle
 from dreamsr_cli.prompt_fitting import parse_tile_prompts
 from dreamsr_cli.prompts import text_problem
@@ -56,6 +56,7 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
     overlap = defaults.overlap if config.overlap is None else config.overlap
     if config.overlap is None and tile:
         overlap = min(overlap, tile // 2 // 16 * 16)
+    memory = decide_memory(config, bundle, tile)
     settings = Settings(
         scale=config.scale if sized else pick(config.scale, float(bundle.config.scale)),
         long_side=config.long_side,
@@ -74,10 +75,10 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
         removal=pick(config.removal, "lora" in bundle.config.parts),
         precision=config.precision,
         device=config.device,
-        tile_batch=pick(config.tile_batch, TILE_BATCH),
-        quantize=pick(config.quantize, "none"),
-        offload=pick(config.offload, "none"),
-        memory=None,
+        tile_batch=memory.tile_batch,
+        quantize=memory.mode.quantize,
+        offload=memory.mode.offload,
+        memory=memory.sentence,
     )
     check_tiling(settings.tile, settings.overlap)
     _check_range("--steps", settings.steps, 1, 100)
@@ -94,7 +95,7 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
         raise UsageError(message, "leave --removal out")
     if config.guidance is not None and sampling.guidance is None:
         raise UsageError(f"--guidance: model {bundle.config.name} has no guidance input", "leave --guidance out")
-    return choose_memory(settings, config, bundle)
+    return settings
 
 
 def _check_prompts(settings: Settings) -> None:

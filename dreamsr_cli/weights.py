@@ -108,13 +108,13 @@ def accepted_pins(folder: Path) -> dict[str, str]:
 
 
 def weights_folder(name: str) -> Path:
-    """Where the files of the entry `name` lie, there or not: below `DREAMSR_WEIGHTS`, else in the cache folder."""
+    """Where the files of the entry `name` lie, there or not: below `DREAMSR_WEIGHTS_DIR`, else in the cache folder."""
     return BUILTIN_FOLDER if name == BUILTIN else weights_base() / name
 
 
 def weights_base() -> Path:
-    """The folder of fetched weights: `DREAMSR_WEIGHTS`, else "weights" in the cache folder."""
-    base = os.environ.get("DREAMSR_WEIGHTS")
+    """The folder of fetched weights: `DREAMSR_WEIGHTS_DIR`, else "weights" in the cache folder."""
+    base = os.environ.get("DREAMSR_WEIGHTS_DIR")
     return Path(base).expanduser() if base else cache_folder() / "weights"
 
 
@@ -179,7 +179,7 @@ def cache_folder() -> Path:
 def file_sha256(path: Path) -> str:
     """sha256 of a file as 64 hex digits, remembered by (path, size, mtime) in the cache folder."""
     state = path.stat()
-    key, stamp = str(path.resolve()), [state.st_size, state.st_mtime_ns]
+    key, stamp = os.path.realpath(path), [state.st_size, state.st_mtime_ns]
     store = cache_folder() / "hashes.json"
     known = _read_hashes(store)
     match known.get(key):
@@ -194,9 +194,9 @@ def file_sha256(path: Path) -> str:
 def forget_hash(path: Path) -> None:
     """Drop what the cache remembers of a file, so that `file_sha256` reads it again."""
     store = cache_folder() / "hashes.json"
-    known = _read_hashes(store)
-    if known.pop(str(path.resolve()), None) is not None:
-        _write_hashes(store, known)
+    key, known = os.path.realpath(path), _read_hashes(store)
+    if key in known:
+        _write_hashes(store, {name: value for name, value in known.items() if name != key})
 
 
 def _hash(path: Path) -> str:
@@ -204,12 +204,25 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+_read: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {}
+"""What each hash cache held when it was last read, and its inode, size and mtime then: a bundle asks for tens of hashes
+at start-up, and the file rarely changes between them."""
+
+
 def _read_hashes(store: Path) -> dict[str, Any]:
     try:
+        state = store.stat()
+        stamp = (state.st_ino, state.st_size, state.st_mtime_ns)
+        found = _read.get(str(store))
+        if found is not None and found[0] == stamp:
+            return found[1]
         known = json.loads(store.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    if not isinstance(known, dict):
+        return {}
+    _read[str(store)] = (stamp, known)
+    return known
 
 
 def _write_hashes(store: Path, known: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import tomllib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -117,10 +118,21 @@ def load_lock(path: Path | None = None) -> dict[str, LockEntry]:
 
 def lock_entry(name: str, path: Path | None = None) -> LockEntry:
     """The entry `name` of weights.lock; `WeightsError` lists the known ones."""
-    entries = load_lock(path)
+    path = path or lock_path()
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise WeightsError(f"can't read {path}: {error.strerror or error}", "check the file's permissions") from error
+    entries = _read_once(path, (state.st_ino, state.st_size, state.st_mtime_ns))
     if name not in entries:
         raise WeightsError(f"weights.lock has no entry {name!r}", f"known entries: {', '.join(sorted(entries))}")
     return entries[name]
+
+
+@lru_cache(maxsize=8)
+def _read_once(path: Path, stamp: tuple[int, int, int]) -> dict[str, LockEntry]:
+    """A bundle asks for an entry once per part; the file is parsed again when its stamp has changed."""
+    return load_lock(path)
 
 
 def _entry(name: str, table: dict[str, Any], path: Path) -> LockEntry:

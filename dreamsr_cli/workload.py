@@ -10,6 +10,8 @@ from dreamsr_cli.bundle_sizes import BundleSizes
 from dreamsr_cli.counting_pixels import STRIDE
 from dreamsr_cli.images import PhotoInfo
 from dreamsr_cli.machine import Machine
+from dreamsr_cli.memory_plan import Phase, PhaseWork, phases
+from dreamsr_cli.models.quantization import MemoryMode
 from dreamsr_cli.photo_pixels import IN_MEMORY
 from dreamsr_cli.tiling import TileGrid
 
@@ -23,8 +25,6 @@ STRIPS_KEPT = 4
 """Decoded strips that aren't decoded again when they are read twice (`DecodedCanvas.KEPT`)."""
 SPILLED_BLOCK = 64 * 2**20
 """Bytes of a spilled photo that are in memory at a time."""
-ACTIVATIONS = 20
-"""Arrays of a batch's tokens that live inside a transformer block at the same time, about."""
 
 
 class Settings(Protocol):
@@ -54,6 +54,10 @@ class Settings(Protocol):
     def captioner(self) -> str: ...
     @property
     def color_fix(self) -> str: ...
+    @property
+    def quantize(self) -> str: ...
+    @property
+    def offload(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -123,12 +127,18 @@ class Workload:
         text, longest = self.sizes.text, self.sizes.max_text_tokens
         return distinct, text.tokens(glob, longest), text.tokens(local, longest)
 
+    @property
+    def padded_local(self) -> int:
+        """Tokens of a local prompt as the ControlNet sees it: with several tiles all are padded to the most that one
+        may have (`sampler.Texts.length`)."""
+        return self.prompts[2] if len(self.grid.tiles) == 1 else self.sizes.max_text_tokens
+
     @cached_property
     def kept_features(self) -> tuple[int, int]:
         """(batches whose control features are kept between steps, their bytes)."""
         if not self.sizes.control_is_clean or not self.steps:
             return 0, 0
-        local = self.prompts[2]
+        local = self.padded_local
         each = self.sizes.feature_values(self.batch, self.image_tokens, local) * self.machine.itemsize
         kept = min(self.batches, self.limits.control_bytes // each)
         return kept, kept * each
@@ -154,15 +164,16 @@ class Workload:
         """Operations by phase."""
         _, glob, local = self.prompts
         batch, tokens, sizes, coder = self.batch, self.image_tokens, self.sizes, self.sizes.autoencoder
-        control = sizes.control_flops(batch, tokens, local)
-        removal = sizes.transformer_flops(batch, tokens, glob, local, lora=True)
+        padded = self.padded_local
+        control = sizes.control_flops(batch, tokens, padded)
+        removal = sizes.transformer_flops(batch, tokens, glob, padded, lora=True)
         each = {
             "text": sizes.text.flops(local),
             "trial": control + removal,
             "remove_control": control,
             "remove": removal,
             "texture_control": control,
-            "texture": sizes.transformer_flops(batch, tokens, glob, local),
+            "texture": sizes.transformer_flops(batch, tokens, glob, padded),
         }
         width, encoding = self.grid.canvas_width, self._extents(0 if coder.exact else coder.halo)
         decoding = sum(coder.decode_flops(rows, width) for rows in self._extents(coder.halo))
@@ -176,32 +187,51 @@ class Workload:
 
         Networks follow one another, so parts don't add up to a peak.
         """
-        texts, glob, local = self.prompts
-        sizes, coder, size = self.sizes, self.sizes.autoencoder, self.machine.itemsize
+        coder = self.sizes.autoencoder
         strip_rows = min(self.limits.strip_rows + 2 * coder.halo, self.grid.canvas_height)
-        longest = max(glob, local)
-        text = sizes.text.parameters * (4 if sizes.text.bytes_per_token else size)
-        restorer, pixels = sizes.restorer_parameters() * size, coder.parameters() * size
+        phases = self.phases()
+        text, restore, decode = (phases[name] for name in ("text", "restore", "decode"))
         parts = {
             "libraries": LIBRARIES,
             "photo": min(photo_bytes(info), SPILLED_BLOCK) if is_spilled(info) else photo_bytes(info),
-            "weights": max(text, restorer, pixels),
+            "weights": max(phase.weights for phase in phases.values()),
             "features": self.kept_features[1],
-            "activations": self.batch * (self.image_tokens + longest) * sizes.transformer.width * size * ACTIVATIONS,
-            "prompts": texts * longest * sizes.text.width * size,
+            "activations": restore.working,
             # A band of the canvas: float64 sums, and float32 source, velocity and result.
             "rows": coder.channels * self.grid.tile_height * self.grid.canvas_width // STRIDE**2 * (8 + 3 * 4),
             "strips": STRIPS_AT_ONCE * strip_rows * width * 3 * 4,
-            "decoding": coder.working_bytes(strip_rows, self.grid.canvas_width, size),
+            "decoding": decode.working,
         }
-        restoring = restorer + parts["features"] + parts["activations"] + parts["prompts"]
-        decoding = pixels + parts["decoding"]
         if self.machine.device == "cpu":
-            host, device = max(text, restoring + parts["rows"], decoding + parts["strips"]), 0
+            # What waits in RAM waits beside itself.
+            host = max(
+                text.weights + text.working,
+                restore.weights + restore.working + parts["rows"],
+                decode.weights + decode.working + parts["strips"],
+            )
+            device = 0
         else:
             host = max(parts["weights"], parts["rows"], parts["strips"])
-            device = max(text, restoring, decoding)
+            device = max(phase.device for phase in phases.values())
         return {"host": LIBRARIES + parts["photo"] + host, "device": device, **parts}
+
+    def phases(self) -> dict[str, Phase]:
+        """What the phases "text", "restore" and "decode" need on the device."""
+        texts, glob, _ = self.prompts
+        coder = self.sizes.autoencoder
+        strip_rows = min(self.limits.strip_rows + 2 * coder.halo, self.grid.canvas_height)
+        work = PhaseWork(
+            self.batch,
+            self.image_tokens,
+            max(glob, self.padded_local),
+            texts,
+            self.kept_features[1],
+            strip_rows,
+            self.grid.canvas_width,
+        )
+        return phases(
+            self.sizes, MemoryMode(self.settings.quantize, self.settings.offload), self.machine.itemsize, work
+        )
 
     def _decoding_passes(self, strips: int) -> int:
         """AdaIN reads the decoded photo twice: for its sums, and to be fixed."""

@@ -33,7 +33,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved bundle of our own kind at tiny size; shared, so read only."""
     import tiny_models
 
-    from dreamsr_cli.training.networks import export
+    from dreamsr_cli.training.run_bundle import export
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("bundles") / "tiny"

@@ -11,7 +11,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -59,7 +59,7 @@ class HubState:
 
 
 @contextmanager
-def running_hub() -> Iterator[HubState]:
+def running_hub() -> Generator[HubState]:
     """The server in a thread, on a port of its own."""
     state = HubState()
 

@@ -14,6 +14,7 @@ import torch
 
 from dreamsr_cli.journal import Journal
 from dreamsr_cli.models.bundle import open_bundle
+from dreamsr_cli.models.mm_controlnet import MMControlNet
 from dreamsr_cli.progress import SilentProgress
 from dreamsr_cli.sampler import REMOVE, Sampler, Texts
 from dreamsr_cli.tiling import make_grid
@@ -85,7 +86,7 @@ def test_time_goes_where_it_was_spent(script, tiny_bundle, monkeypatch, capsys, 
     assert script.main(["--quick", "--part", "A", "--model", str(tiny_bundle), "--json"]) == 0
     (run,) = json.loads(capsys.readouterr().out)["overhead"]["runs"]
     assert (run["networks"]["dit"] >= 0.9) == (place == "dit")
-    assert (run["rest"] >= 0.6) == (place == "read")
+    assert place == "dit" or run["rest"] >= 0.6
 
 
 def test_the_plain_loop_is_the_same_method(script, tiny_bundle, tmp_path) -> None:
@@ -94,6 +95,7 @@ def test_the_plain_loop_is_the_same_method(script, tiny_bundle, tmp_path) -> Non
     bundle = open_bundle(str(tiny_bundle))
     restorer = bundle.open_restorer(CPU, torch.float32, mask_pads=True)
     restorer.dit.context_attention = None
+    assert isinstance(restorer.controlnet, MMControlNet)
     for weight in restorer.controlnet.image_projections.parameters():
         torch.nn.init.zeros_(weight)
     peer = loop.Peer.of(bundle, CPU, torch.float32)

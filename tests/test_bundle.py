@@ -18,8 +18,8 @@ from dreamsr_cli.config import BundleConfig, from_dict, to_dict
 from dreamsr_cli.errors import ConfigError, DreamSRError, WeightsError
 from dreamsr_cli.models.autoencoder import PatchAutoencoder
 from dreamsr_cli.models.bundle import PARTS, Bundle, Restorer, open_bundle, read_config
-from dreamsr_cli.models.text_encoder import TextEmbedding, stack
-from dreamsr_cli.training.networks import export
+from dreamsr_cli.models.text_encoder import ByteTextEncoder, TextEmbedding, stack
+from dreamsr_cli.training.run_bundle import export
 
 TENSORS = "diffusion_pytorch_model.safetensors"
 
@@ -72,6 +72,7 @@ def test_config_survives_the_round_trip(tiny_bundle) -> None:
 
 def test_what_was_built_is_what_is_opened(tiny_bundle) -> None:
     made = networks()
+    assert isinstance(made.text_encoder, ByteTextEncoder)
     for module in (made.dit, made.controlnet, made.text_encoder):
         module.to(torch.bfloat16).float().eval()  # bundles hold bfloat16
     bundle = open_bundle(str(tiny_bundle))
@@ -134,7 +135,7 @@ def test_parts_left_out_of_control_are_not_needed(folder) -> None:
         (lambda d: d["control"].update(map=[None, 1]), ConfigError, "control.map uses features"),
         (lambda d: d["control"].update(map=[0, None, None]), ConfigError, "3 entries for 2 double blocks"),
         (lambda d: d["control"].update(map=[]), ConfigError, "context cross-attentions"),
-        (lambda d: d["control"].update(input="noisy+condition"), ConfigError, "not supported yet"),
+        (lambda d: d["control"].update(input="noisy+condition"), ConfigError, "no text branch"),
     ],
 )
 def test_a_bundle_json_that_cannot_be_meant_says_what_is_wrong(folder, change, kind, words) -> None:

@@ -41,7 +41,7 @@ SMALL = (
 def own_place(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DREAMSR_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setenv("DREAMSR_WEIGHTS", str(tmp_path / "no-weights"))
+    monkeypatch.setenv("DREAMSR_WEIGHTS_DIR", str(tmp_path / "no-weights"))
     for name in [name for name in os.environ if name.startswith("DREAMSR_") and name[8:] not in ("CACHE", "WEIGHTS")]:
         monkeypatch.delenv(name)
 

@@ -249,7 +249,7 @@ def test_the_weightless_ones_are_as_before(photo: Photo, name: str, tmp_path: Pa
 
 
 def test_unknown_and_missing_captioners(photo: Photo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DREAMSR_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("DREAMSR_WEIGHTS_DIR", str(tmp_path))
     with pytest.raises(UsageError, match="'lava'") as caught:
         Captioner("lava", CONFIG, CPU)
     assert "llava-1.5-7b" in caught.value.hint
@@ -272,7 +272,7 @@ def test_a_captioner_of_the_lock_is_checked_and_used(
     lock.write_text(
         f'format = 1\n[entries."llava-1.5-7b"]\nrepository = "a/b"\nrevision = "c0ffee"\nfiles = [\n{rows}\n]\n'
     )
-    monkeypatch.setenv("DREAMSR_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setenv("DREAMSR_WEIGHTS_DIR", str(tmp_path / "weights"))
     monkeypatch.setenv("DREAMSR_LOCK", str(lock))
     monkeypatch.setenv("DREAMSR_CACHE", str(tmp_path / "cache"))
     made = plan(photo, Path("llava-1.5-7b"))

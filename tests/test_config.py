@@ -155,9 +155,9 @@ def test_every_setting_is_frozen_and_has_a_docstring(module) -> None:
 
 def test_what_the_bundle_decides_has_no_default_of_its_own() -> None:
     settings = UpscaleConfig()
-    for name in ("scale", "tile", "overlap", "steps", "strength", "guidance", "captioner", "color_fix"):
+    for name in ("scale", "tile", "overlap", "steps", "strength", "guidance", "captioner", "color_fix", "removal"):
         assert getattr(settings, name) is None, name
-    assert (settings.seed, settings.removal, settings.tile_batch) == (42, True, 4)
+    assert (settings.seed, settings.tile_batch, settings.memory) == (42, None, None)
     output = OutputConfig()
     assert (output.format, output.quality, output.suffix) == ("auto", 95, "_x{scale}")
     assert not output.overwrite and not output.skip_existing

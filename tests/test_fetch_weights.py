@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -27,7 +28,7 @@ FILES = {"unet/model.safetensors": BIG, "unet/config.json": b'{"width": 4}', "me
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubState]:
-    monkeypatch.setenv("DREAMSR_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setenv("DREAMSR_WEIGHTS_DIR", str(tmp_path / "weights"))
     monkeypatch.setenv("DREAMSR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -54,10 +55,14 @@ def lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., LockE
         path.write_text("format = 1\n\n[entries.thing]\nfiles = [\n]\n", encoding="utf-8")
         files = []
         for name, data in sorted(FILES.items()):
-            fields = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "status": "two sources"}
+            fields: dict[str, Any] = {
+                "size": len(data),
+                "sha256": hashlib.sha256(data).hexdigest(),
+                "status": "two sources",
+            }
             files.append(LockRow(path=name, licence="MIT", **{**fields, **(rows or {}).get(name, {})}))
-        plain = {"repository": "us/thing", "revision": COMMIT, "licence": "MIT", **options}
-        write_entry(path, LockEntry(name="thing", files=tuple(files) if plain["repository"] or rows else (), **plain))
+        plain: dict[str, Any] = {"repository": "us/thing", "revision": COMMIT, "licence": "MIT", **options}
+        write_entry(path, LockEntry(name="thing", files=tuple(files) if plain.get("repository") or rows else (), **plain))
         return load_lock()["thing"]
 
     return make

@@ -27,6 +27,7 @@ def flux_controlnet(**changes: object) -> FluxControlNetModel:
     }
     model = FluxControlNetModel(**{**settings, **changes}).eval()
     for seed, layer in enumerate([*model.controlnet_blocks, model.controlnet_x_embedder]):
+        assert isinstance(layer, torch.nn.Linear)
         tiny_models.fill(layer.weight, 0.2, seed)
     return model
 

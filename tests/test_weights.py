@@ -203,7 +203,7 @@ def write_lock(path, folder, *, sha256=None, size=None, status=None, extra=""):
 
 def test_locate_finds_and_checks_a_fetched_source(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("DREAMSR_LOCK", str(write_lock(tmp_path / "my.lock", folder)))
-    monkeypatch.setenv("DREAMSR_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setenv("DREAMSR_WEIGHTS_DIR", str(tmp_path / "weights"))
     with pytest.raises(WeightsError, match="weights of far are not on this machine") as missing:
         locate("far", "use --captioner describe")
     assert missing.value.hint == "dreamsr fetch-weights far, or use --captioner describe"
@@ -217,7 +217,7 @@ def test_locate_finds_and_checks_a_fetched_source(folder, tmp_path, monkeypatch)
 
 
 def test_weights_lie_in_the_cache_folder_by_default(own_cache, monkeypatch):
-    monkeypatch.delenv("DREAMSR_WEIGHTS", raising=False)
+    monkeypatch.delenv("DREAMSR_WEIGHTS_DIR", raising=False)
     assert weights.weights_folder("far") == own_cache / "weights" / "far"
     assert weights.weights_folder(weights.BUILTIN) == locate(weights.BUILTIN) == weights.BUILTIN_FOLDER
 

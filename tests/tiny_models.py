@@ -22,6 +22,7 @@ from dreamsr_cli.config import (
     SamplingConfig,
     to_dict,
 )
+from dreamsr_cli.models.autoencoder import PatchAutoencoder
 from dreamsr_cli.models.context_attention import ContextAttention, wake_projections
 from dreamsr_cli.models.mm_controlnet import MMControlNet
 from dreamsr_cli.models.restoration_lora import RestorationLoRA
@@ -87,6 +88,8 @@ def wake_lora(lora: RestorationLoRA) -> None:
 def networks(recipe: Recipe = RECIPE) -> Networks:
     """Networks of the recipe, float32, with every zero-initialised part awake and the transform fitted."""
     made = build(recipe, None)
+    assert isinstance(made.autoencoder, PatchAutoencoder)
+    assert made.context_attention is not None and made.lora is not None
     fill(made.transformer.proj_out.weight, 0.1, 1)
     fill(made.autoencoder.refiner.exit.weight, 0.02, 2)
     # Of low contrast: what random networks leave of the noise then stays inside [-1, 1].

@@ -1,4 +1,5 @@
-"""`dreamsr doctor`: what this machine has, what dreamsr would use, and whether its weights are as shipped."""
+"""`dreamsr doctor`: what this machine has, what dreamsr would use, whether its weights are as shipped, and which of the
+models that are fetched are ready."""
 
 from __future__ import annotations
 
@@ -17,17 +18,28 @@ from dreamsr_cli import __version__
 from dreamsr_cli.cli.console import explain, one_line
 from dreamsr_cli.cli.upscaling import silence_libraries
 from dreamsr_cli.errors import EXIT_DONE, EXIT_FAILED
-from dreamsr_cli.weights import BUILTIN, BUILTIN_FOLDER, lock_entry, verify
+from dreamsr_cli.fetching import free_bytes
+from dreamsr_cli.weights import BUILTIN, BUILTIN_FOLDER, lock_entry, verify, weights_base
 
 EPILOG = "Example: dreamsr doctor --json > report.json"
 
+EXTRAS = {
+    "torchao": ("quantize", "--quantize int8 and fp8"),
+    "bitsandbytes": ("quantize", "--quantize nf4"),
+    "pyiqa": ("eval", "MUSIQ, MANIQA and CLIP-IQA in dreamsr eval"),
+    "tensorboard": ("train", "curves of dreamsr train in TensorBoard"),
+}
+"""Packages that dreamsr works without: name, extra that brings it, and what it is for."""
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow", "pyvips", "tifffile")
 
 
 def command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> int:
-    """Check versions, device, precision, the built-in model and write access; exit 1 if something is wrong."""
+    """Check versions, device, memory, disk, models and write access; exit 1 if something is wrong.
+
+    A model or an extra that isn't installed is no fault: it is listed with the command that gets it.
+    """
     silence_libraries()
     checks: dict[str, Callable[[], Any]] = {
         "dreamsr": lambda: __version__,
@@ -36,7 +48,11 @@ def command(
         "images": _images,
         "devices": _devices,
         "auto": _auto,
+        "memory": _memory,
         "model": _model,
+        "bundles": _bundles,
+        "captioners": _captioners,
+        "extras": _extras,
         "write": _write,
     }
     answers: dict[str, Any] = {}
@@ -56,10 +72,22 @@ def command(
 
 def _show(name: str, answer: Any, problem: dict[str, str] | None) -> None:
     if problem is not None:
-        print(f"{name:<9} WRONG: {one_line(problem['error'])}\n{'':<9}   try: {one_line(problem['hint'])}", flush=True)
+        print(
+            f"{name:<10} WRONG: {one_line(problem['error'])}\n{'':<10}   try: {one_line(problem['hint'])}", flush=True
+        )
+        return
+    if isinstance(answer, dict) and any(isinstance(value, dict) for value in answer.values()):
+        for key, state in answer.items():
+            print(f"{name:<10} {one_line(f'{key}: {_state_line(state)}')}", flush=True)
         return
     text = ", ".join(f"{key} {value}" for key, value in answer.items()) if isinstance(answer, dict) else str(answer)
-    print(f"{name:<9} {one_line(text)}", flush=True)
+    print(f"{name:<10} {one_line(text)}", flush=True)
+
+
+def _state_line(state: dict[str, Any]) -> str:
+    if state["ready"]:
+        return "ready"
+    return f"{'; '.join(state['missing'])} -> {state['command']}"
 
 
 def _packages() -> dict[str, str]:
@@ -106,13 +134,69 @@ def _auto() -> dict[str, str]:
 def _model() -> str:
     entry = lock_entry(BUILTIN)
     verify(BUILTIN_FOLDER, entry)
-    size = sum(row.size for row in entry.files)
+    size = sum(row.size or 0 for row in entry.files)
     return f"{BUILTIN}: {len(entry.files)} files, {size:,} bytes, as listed in weights.lock"
 
 
-def _write() -> str:
+def _memory() -> dict[str, str]:
+    import torch
+
+    from dreamsr_cli.machine import free_memory
+
+    ram = free_memory()
+    found = {"ram": "unknown" if ram is None else f"{ram / 2**30:.1f} GiB free"}
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        found[f"cuda:{index}"] = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    return found
+
+
+def _bundles() -> dict[str, dict[str, Any]]:
+    """Readiness of every model by name; files are looked at by name and size."""
+    from dreamsr_cli.bundle_state import TRAINED_HINT, lacking
+    from dreamsr_cli.models.bundle import BUILT_IN, open_bundle
+
+    states = {}
+    for name in BUILT_IN:
+        lacks = lacking(open_bundle(name).config)
+        fetched = [lack for lack in lacks if lack.files]
+        command = f"dreamsr fetch-weights {name}" if fetched else ""
+        if len(fetched) < len(lacks):
+            command = f"{command}, then {TRAINED_HINT}" if command else TRAINED_HINT
+        states[name] = {"ready": not lacks, "missing": [lack.what for lack in lacks], "command": command}
+    return states
+
+
+def _captioners() -> dict[str, dict[str, Any]]:
+    from dreamsr_cli.bundle_state import entry_lack
+    from dreamsr_cli.config import CAPTIONERS
+    from dreamsr_cli.weights_lock import load_lock
+
+    states: dict[str, dict[str, Any]] = {}
+    known = load_lock()
+    for name in CAPTIONERS:
+        lack = entry_lack(name) if name in known else None
+        missing = [] if lack is None else [lack.what]
+        states[name] = {"ready": lack is None, "missing": missing, "command": "" if lack is None else lack.hint}
+    return states
+
+
+def _extras() -> dict[str, dict[str, Any]]:
+    states = {}
+    for name, (extra, purpose) in EXTRAS.items():
+        try:
+            version(name)
+            states[name] = {"ready": True, "missing": [], "command": ""}
+        except PackageNotFoundError:
+            command = f"pip install 'dreamsr[{extra}]'"
+            states[name] = {"ready": False, "missing": [f"not installed ({purpose})"], "command": command}
+    return states
+
+
+def _write() -> dict[str, str]:
     here = Path.cwd()
     with tempfile.NamedTemporaryFile(dir=here, prefix=".dreamsr-"):
         pass
-    free = shutil.disk_usage(here).free / 2**30
-    return f"{here} can be written, {free:.1f} GiB free"
+    found = {str(here): f"can be written, {shutil.disk_usage(here).free / 2**30:.1f} GiB free"}
+    weights = weights_base()
+    return {**found, f"weights in {weights}": f"{free_bytes(weights) / 2**30:.1f} GiB free"}

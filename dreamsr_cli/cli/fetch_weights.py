@@ -11,6 +11,7 @@ import typer
 
 from dreamsr_cli.cli.console import Display, explain, make_display, report
 from dreamsr_cli.errors import EXIT_DONE, EXIT_FAILED, EXIT_SOME_FAILED, DreamSRError, UsageError
+from dreamsr_cli.run_weights import REPOSITORY
 from dreamsr_cli.weights import BUILTIN, BUILTIN_FOLDER, weights_base
 from dreamsr_cli.weights_lock import LockEntry, load_lock, lock_path
 
@@ -23,6 +24,8 @@ Examples:
 dreamsr fetch-weights  →  what there is, how large, under which licence, and what is on this disk
 
 dreamsr fetch-weights flux  →  everything that --model flux needs
+
+dreamsr fetch-weights you/your-run  →  a training run on the hub, for --weights you/your-run
 
 dreamsr fetch-weights llava-onevision-0.5b --dry-run
 
@@ -53,7 +56,7 @@ def command(
     ] = False,
     dest: Annotated[
         Path | None,
-        typer.Option("--dest", "-o", "--out", help="Folder for weights (default: DREAMSR_WEIGHTS, or the cache)."),
+        typer.Option("--dest", "-o", "--out", help="Folder for weights (default: DREAMSR_WEIGHTS_DIR, or the cache)."),
     ] = None,
     mirror: Annotated[str | None, typer.Option("--mirror", help="URL of a mirror of the hub.")] = None,
     from_folder: Annotated[
@@ -87,6 +90,9 @@ def command(
     settings = FetchSettings(
         Hub(mirror, token or os.environ.get("HF_TOKEN") or None), from_folder, offline, verify, accept_doubtful, workers
     )
+    runs = [name for name in names or [] if REPOSITORY.fullmatch(name)]
+    if runs and not (list_ or lock or verify or dry_run or from_folder or dest):
+        return _fetch_runs(names or [], settings, as_json, make_display(quiet))
     chosen = [entries[name] for name in _expand(names or [], entries)]
     if list_ or not chosen:
         if lock or verify:
@@ -159,6 +165,19 @@ def _fetch(
     if not failed:
         return EXIT_DONE
     return EXIT_SOME_FAILED if failed < len(entries) else EXIT_FAILED
+
+
+def _fetch_runs(names: list[str], settings: FetchSettings, as_json: bool, display: Display) -> int:
+    """Training runs on the hub, where `--weights` looks for them; other names can't be mixed in."""
+    from dreamsr_cli.run_weights import local_run
+
+    others = [name for name in names if not REPOSITORY.fullmatch(name)]
+    if others:
+        raise UsageError(f"{others[0]} is no repository like the others", "fetch it by a command of its own")
+    for name in names:
+        folder = local_run(name, None if settings.offline else display, settings.hub)
+        print(json.dumps({"name": name, "folder": str(folder)}) if as_json else folder, flush=True)
+    return EXIT_DONE
 
 
 def _print_failure(entry: LockEntry, error: DreamSRError) -> None:

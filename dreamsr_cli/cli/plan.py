@@ -30,10 +30,13 @@ class Planner:
         """Raises `UsageError` for settings that make no sense with this bundle, `WeightsError` where its config files
         can't be read, `DeviceError`."""
         from dreamsr_cli.bundle_sizes import read_sizes
+        from dreamsr_cli.bundle_state import lacking
         from dreamsr_cli.canvas import STRIP
         from dreamsr_cli.device import choose_device, choose_dtype, dtype_name
         from dreamsr_cli.engine import check_settings
         from dreamsr_cli.machine import describe_machine
+        from dreamsr_cli.memory_choice import fitting
+        from dreamsr_cli.memory_plan import CARDS
         from dreamsr_cli.sampler import CONTROL_BYTES
         from dreamsr_cli.workload import Limits
 
@@ -43,6 +46,10 @@ class Planner:
         precision = dtype_name(choose_dtype(config.precision, device))
         self._machine = describe_machine(device, precision)
         self._limits = Limits(strip_rows=STRIP, control_bytes=CONTROL_BYTES)
+        self._lacks = tuple(str(lack) for lack in lacking(bundle.config))
+        tile = self._settings.tile or bundle.config.defaults.tile
+        itemsize = 4 if config.precision == "fp32" else 2  # cards compute in 16 bits unless asked not to
+        self._cards = {gigabytes: fitting(self._sizes, itemsize, tile, gigabytes) for gigabytes in CARDS}
 
     def plan(self, job: Job) -> dict[str, Any]:
         """The plan of one photo as JSON-able data. Raises `InputError` for what is no photo, or doesn't suit."""
@@ -62,7 +69,9 @@ class Planner:
         if os.path.lexists(job.target) and not self._output.overwrite:
             kept = " and is kept" if self._output.skip_existing else ""
             made = replace(made, stops_because=(*made.stops_because, f"{job.target} exists already{kept}"))
-        return made.to_json()
+        made = replace(made, stops_because=(*made.stops_because, *self._lacks))
+        cards = {str(size): None if found is None else found.to_json() for size, found in self._cards.items()}
+        return {**made.to_json(), "memory_mode": self._settings.memory, "cards": cards}
 
 
 def plan_table(plan: dict[str, Any]) -> str:
@@ -79,11 +88,12 @@ def plan_table(plan: dict[str, Any]) -> str:
         f"prompts up to {calls['text']:,}, decoded strips {calls['decode']:,}",
         "work": f"{_short(flops['total'])} operations ({_shares(flops)})",
         "memory": _memory(plan),
+        "phases": _phases(plan),
         "disk": f"{_bytes(plan['disk']['total'])} while in work, {_bytes(plan['free_disk'])} free",
         "time": _time(plan),
     }
     head = one_line(f"{plan['input']} -> {plan['output']}")
-    told = [f"  {name:<7} {one_line(text)}" for name, text in lines.items()]
+    told = [f"  {name:<7} {one_line(text)}" for name, text in lines.items()] + _cards(plan)
     return "\n".join([head, *told, *(f"  STOPS   {one_line(reason)}" for reason in plan["stops_because"])])
 
 
@@ -95,6 +105,30 @@ def _memory(plan: dict[str, Any]) -> str:
     if machine["device_memory"] is not None:
         text += f"; about {_bytes(memory['device'])} on the card, {_bytes(machine['device_memory'])} free"
     return text + {True: ": fits", False: ": does NOT fit", None: ""}[plan["fits_memory"]]
+
+
+def _phases(plan: dict[str, Any]) -> str:
+    told = [
+        f"{name} {_short(phase['parameters'])} parameters, {_bytes(phase['resident'])} + {_bytes(phase['working'])}"
+        for name, phase in plan["phases"].items()
+    ]
+    return f"{'; '.join(told)} (--quantize {plan['quantize']}, --offload {plan['offload']})"
+
+
+def _cards(plan: dict[str, Any]) -> list[str]:
+    """What fits which card, for models that don't fit the smallest as they are."""
+    cards: dict[str, Any] = plan["cards"]
+    smallest = cards[min(cards, key=int)]
+    if smallest is not None and smallest["quantize"] == smallest["offload"] == "none":
+        return []
+    return [f"  {size + ' GB':<7} {_card(card)}" for size, card in cards.items()]
+
+
+def _card(card: dict[str, Any] | None) -> str:
+    if card is None:
+        return "doesn't fit"
+    flags = f"--quantize {card['quantize']} --offload {card['offload']} --tile-batch {card['tile_batch']}"
+    return f"{flags}: {_bytes(card['device'])} on the card, {_bytes(card['host'])} of weights"
 
 
 def _time(plan: dict[str, Any]) -> str:

@@ -213,6 +213,7 @@ def header_size(photo: Path) -> tuple[int, int]:
 def open_verified_bundle(run: RunConfig, check: bool = True, progress: Progress | None = None) -> Bundle:
     """The bundle that `--model` and `--weights` name; a repository is fetched, and the built-in one is checked against
     weights.lock first, unless its weights are not to be read at all."""
+    from dreamsr_cli.bundle_state import refuse_lacking
     from dreamsr_cli.models.bundle import open_bundle
     from dreamsr_cli.run_weights import local_run
 
@@ -221,6 +222,8 @@ def open_verified_bundle(run: RunConfig, check: bool = True, progress: Progress 
     # A run's bundle names its base.
     bundle = open_bundle(run.model or (None if weights else BUILTIN), weights)
     own = bundle.folder == BUILTIN_FOLDER or any(part.bundle == BUILTIN for part in bundle.config.parts.values())
+    if check:
+        refuse_lacking(bundle.config)
     if own and check:
         verify(BUILTIN_FOLDER, lock_entry(BUILTIN))
     return bundle

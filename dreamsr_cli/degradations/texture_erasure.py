@@ -25,8 +25,9 @@ from dreamsr_cli.degradations.erasure_params import ERASE_TEXT, ErasureParams, d
 from dreamsr_cli.device import dtype_name
 from dreamsr_cli.errors import DeviceError
 from dreamsr_cli.models.autoencoder import Autoencoder
-from dreamsr_cli.models.bundle import Bundle, Restorer, _load
+from dreamsr_cli.models.bundle import Bundle, Restorer
 from dreamsr_cli.models.conditioned_dit import ConditionedDiT
+from dreamsr_cli.models.part_loading import load_part
 from dreamsr_cli.models.text_encoder import TextEmbedding, TextEncoder
 from dreamsr_cli.progress import Progress, SilentProgress
 
@@ -227,7 +228,7 @@ class Eraser:
         if name == "restorer":
             return bundle.open_restorer(device, dtype, mask_pads)
         # Alone: a bundle that is yet to be trained on these very pairs may have no ControlNet.
-        transformer = _load(FluxTransformer2DModel, bundle.part_folder("transformer"), dtype)
+        transformer = load_part(FluxTransformer2DModel, bundle.part_folder("transformer"), dtype)
         return ConditionedDiT(transformer, None, (), mask_pads).to(device, dtype).eval().requires_grad_(False)
 
     def _release(self) -> None:

@@ -16,6 +16,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from dreamsr_cli.counting_pixels import FLUX_HALO, column_spans
+
 STRIDE = 8
 """Output pixels per latent pixel, in FLUX's autoencoder and in ours."""
 
@@ -156,7 +158,7 @@ class FluxAutoencoder:
     """
 
     exact = False
-    halo = 64
+    halo = FLUX_HALO
 
     def __init__(self, vae: AutoencoderKL) -> None:
         self.vae = vae
@@ -165,13 +167,37 @@ class FluxAutoencoder:
         self._scale = float(vae.config["scaling_factor"])
 
     def encode(self, rgb_B3PQ: Tensor) -> Tensor:
-        """Pixels (B, 3, 8H, 8W) in [-1, 1] to z_BCHW float32."""
+        """Pixels (B, 3, 8H, 8W) in [-1, 1] to z_BCHW float32; wide ones span by span, each with its halo."""
         _check_sides(rgb_B3PQ)
+        made = []
+        for begin, end, first, last in column_spans(rgb_B3PQ.shape[3]):
+            z_BCHW = self._encode(rgb_B3PQ[..., first:last])
+            made.append(z_BCHW[..., (begin - first) // STRIDE : (end - first) // STRIDE])
+        return torch.cat(made, 3)
+
+    def decode(self, z_BCHW: Tensor) -> Tensor:
+        """z_BCHW to pixels (B, 3, 8H, 8W) float32; wide ones span by span, cross-faded over the halo."""
+        batch, _, height, width = z_BCHW.shape
+        spans = column_spans(STRIDE * width)
+        if len(spans) == 1:
+            return self._decode(z_BCHW)
+        total = z_BCHW.new_zeros(batch, 3, STRIDE * height, STRIDE * width, dtype=torch.float32)
+        weights_Q = z_BCHW.new_zeros(STRIDE * width, dtype=torch.float32)
+        for begin, end, first, last in spans:
+            columns = torch.arange(first, last, device=z_BCHW.device) + 0.5
+            left = (columns - first) / (2 * (begin - first)) if begin > first else torch.ones_like(columns)
+            right = (last - columns) / (2 * (last - end)) if last > end else torch.ones_like(columns)
+            weight_Q = torch.minimum(left, right).clamp(0, 1)
+            rgb_B3PQ = self._decode(z_BCHW[..., first // STRIDE : last // STRIDE])
+            total[..., first:last] += rgb_B3PQ * weight_Q
+            weights_Q[first:last] += weight_Q
+        return total / weights_Q
+
+    def _encode(self, rgb_B3PQ: Tensor) -> Tensor:
         posterior = self.vae.encode(rgb_B3PQ.to(self.vae.dtype)).latent_dist
         return (posterior.mode().float() - self._shift) * self._scale
 
-    def decode(self, z_BCHW: Tensor) -> Tensor:
-        """z_BCHW to pixels (B, 3, 8H, 8W) float32."""
+    def _decode(self, z_BCHW: Tensor) -> Tensor:
         z = z_BCHW.float() / self._scale + self._shift
         return self.vae.decode(z.to(self.vae.dtype)).sample.float()
 

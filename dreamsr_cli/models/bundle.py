@@ -9,54 +9,36 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-from safetensors import SafetensorError
 
 from dreamsr_cli.config import BundleConfig, PartConfig, from_dict, to_dict
 from dreamsr_cli.errors import ConfigError, WeightsError
 from dreamsr_cli.models.autoencoder import Autoencoder, FluxAutoencoder, PatchAutoencoder
 from dreamsr_cli.models.conditioned_dit import ConditionedDiT
 from dreamsr_cli.models.context_attention import ContextAttention
+from dreamsr_cli.models.flux_control import FluxControl
 from dreamsr_cli.models.mm_controlnet import MMControlNet
+from dreamsr_cli.models.part_loading import class_name, load_part, load_text_part
+from dreamsr_cli.models.quantization import PLAIN, MemoryMode
 from dreamsr_cli.models.restoration_lora import RestorationLoRA
+from dreamsr_cli.models.restorer import Restorer, offload_blocks
 from dreamsr_cli.models.text_encoder import ByteTextEncoder, FluxTextEncoder, TextEncoder
-from dreamsr_cli.weights import file_sha256, refuse_pickles
+from dreamsr_cli.weights import file_sha256, locate, refuse_pickles
+from dreamsr_cli.weights_lock import lock_entry
 
 CONFIG_FILE = "bundle.json"
-BUILT_IN = ("mini",)
+BUILT_IN = ("mini", "flux", "flux-upscaler")
 PARTS = ("transformer", "vae", "text_encoder", "controlnet", "context_attention", "lora")
-
-
-@dataclass
-class Restorer:
-    """The networks of both stages, on one device: what the sampler calls."""
-
-    dit: ConditionedDiT
-    controlnet: MMControlNet
-    lora: RestorationLoRA | None
-    device: torch.device
-    """Where batches of tiles go."""
-    offloaded: bool = False
-
-    def offload(self) -> None:
-        """From now on keep the weights in RAM and send them to the device layer by layer, as they are needed."""
-        from diffusers.hooks import apply_group_offloading
-
-        if self.offloaded:
-            return
-        for module in (self.dit, self.controlnet):
-            module.to("cpu")
-            apply_group_offloading(module, onload_device=self.device, offload_type="leaf_level")
-        self.offloaded = True
 
 
 class Bundle:
@@ -65,6 +47,7 @@ class Bundle:
     def __init__(self, folder: Path, config: BundleConfig) -> None:
         self.folder, self.config = folder, config
         self._sha256: str | None = None
+        self._located: dict[str, Path] = {}
 
     @property
     def sha256(self) -> str:
@@ -77,6 +60,9 @@ class Bundle:
             }
             lines = [json.dumps(to_dict(dataclasses.replace(self.config, parts=parts)), sort_keys=True)]
             for name in sorted(self.config.parts):
+                lines.extend(self._locked(name))
+                if self.config.parts[name].lock is not None:
+                    continue
                 root = self.part_folder(name)
                 for path in sorted(root.rglob("*")):
                     if path.is_file():
@@ -90,10 +76,8 @@ class Bundle:
         if part is None:
             raise WeightsError(f"bundle {self.config.name} has no part {name!r}", f"add it to {CONFIG_FILE}")
         if part.lock is not None:
-            raise WeightsError(
-                f"part {name!r} of bundle {self.config.name} is entry {part.lock!r} of weights.lock, not on this disk",
-                "use a bundle whose parts have a path, such as --model mini",
-            )
+            root = self._locate(name, part.lock)
+            return root / part.subfolder if part.subfolder else root
         root = open_bundle(part.bundle).part_folder(name) if part.bundle else self.folder / (part.path or name)
         folder = root / part.subfolder if part.subfolder else root
         if not folder.is_dir():
@@ -101,45 +85,104 @@ class Bundle:
         refuse_pickles(folder)
         return folder
 
+    def _locate(self, name: str, lock: str) -> Path:
+        """The checked folder of an entry of weights.lock, looked up once."""
+        if lock not in self._located:
+            entry = lock_entry(lock)
+            if entry.repository is None and not entry.bundled:
+                raise WeightsError(
+                    f"model {self.config.name}: its {name} is not published by anybody",
+                    "train it (docs/training.md) and pass --weights RUN, or use --model flux-upscaler or mini",
+                )
+            self._located[lock] = locate(lock, instead="use --model mini")
+        return self._located[lock]
+
+    def _locked(self, name: str) -> list[str]:
+        """(path, sha256) lines of a part that weights.lock lists; the files were compared with them when located."""
+        part = self.config.parts[name]
+        if part.lock is None:
+            return []
+        self._locate(name, part.lock)
+        within = f"{part.subfolder}/" if part.subfolder else ""
+        rows = [row for row in lock_entry(part.lock).files if row.path.startswith(within)]
+        if not within:
+            rows = [row for row in rows if name != "text_encoder" or row.path.startswith(("text_encoder", "tokenizer"))]
+        return [f"{name}/{row.path.removeprefix(within)} {row.sha256}" for row in rows]
+
+    def open_part(self, name: str, cls: Any, dtype: torch.dtype) -> Any:
+        """One part as the diffusers class `cls`, on the CPU, in evaluation mode."""
+        return load_part(cls, self.part_folder(name), dtype)
+
     def open_autoencoder(self, device: torch.device, dtype: torch.dtype) -> Autoencoder:
         """The autoencoder in evaluation mode; the built-in one keeps its transform in float32."""
         folder = self.part_folder("vae")
-        if _class_name(folder) == "PatchAutoencoder":
-            autoencoder = _load(PatchAutoencoder, folder, torch.float32).to(device)
+        if class_name(folder) == "PatchAutoencoder":
+            autoencoder = load_part(PatchAutoencoder, folder, torch.float32).to(device)
             autoencoder.refiner.to(dtype)
             return autoencoder
-        return FluxAutoencoder(_load(AutoencoderKL, folder, dtype).to(device))
+        return FluxAutoencoder(load_part(AutoencoderKL, folder, dtype).to(device))
 
-    def open_text_encoder(self, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-        """The text encoder in evaluation mode."""
+    def open_text_encoder(self, device: torch.device, dtype: torch.dtype, mode: MemoryMode = PLAIN) -> TextEncoder:
+        """The text encoder in evaluation mode; `mode` concerns T5, the built-in encoder is small."""
         folder = self.part_folder("text_encoder")
-        if (folder / "config.json").is_file() and _class_name(folder) == "ByteTextEncoder":
-            return _load(ByteTextEncoder, folder, torch.float32).to(device)
+        if (folder / "config.json").is_file() and class_name(folder) == "ByteTextEncoder":
+            return load_part(ByteTextEncoder, folder, torch.float32).to(device)
         from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
-        clip = _load_text(CLIPTextModel, folder / "text_encoder", dtype)
-        t5 = _load_text(T5EncoderModel, folder / "text_encoder_2", dtype)
+        clip = load_text_part(CLIPTextModel, folder / "text_encoder", dtype)
+        t5 = load_text_part(T5EncoderModel, folder / "text_encoder_2", dtype, mode.quantize)
         try:
             tokenizers = [AutoTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2")]
             clip_tokenizer, t5_tokenizer = (cast(PreTrainedTokenizerBase, t) for t in tokenizers)
         except (OSError, ValueError, KeyError) as error:
             raise WeightsError(f"{folder}: not a CLIP + T5 text encoder: {error}", "fetch the bundle again") from error
-        return FluxTextEncoder(clip_tokenizer, clip.to(device), t5_tokenizer, t5.to(device))
+        if mode.offload == "block":
+            offload_blocks(t5, t5.encoder.block.children(), device)
+        else:
+            t5.to(device)
+        return FluxTextEncoder(clip_tokenizer, clip.to(device), t5_tokenizer, t5)
 
-    def open_restorer(self, device: torch.device, dtype: torch.dtype, mask_pads: bool) -> Restorer:
+    def _open_controlnet(self, dtype: torch.dtype) -> MMControlNet | FluxControl:
+        """The ControlNet that `control.input` names."""
+        control, folder = self.config.control, self.part_folder("controlnet")
+        if control.input == "condition":
+            return load_part(MMControlNet, folder, dtype)
+        if control.input != "noisy+condition":
+            raise ConfigError(f"control.input {control.input!r} is not known", 'use "condition" or "noisy+condition"')
+        if control.timestep != "sampled" or control.text:
+            raise ConfigError(
+                'control.input "noisy+condition" sees the noise of each step and has no text branch',
+                'set control.timestep to "sampled" and control.text to false',
+            )
+        return FluxControl(load_part(FluxControlNetModel, folder, dtype))
+
+    def open_restorer(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        mask_pads: bool,
+        mode: MemoryMode = PLAIN,
+        place: bool = True,
+    ) -> Restorer:
         """Transformer, ControlNet, cross-attention and LoRA in evaluation mode. `mask_pads`: see
-        `TextEncoder.pads_are_seen`."""
+        `TextEncoder.pads_are_seen`; `mode`: what the transformer's weights are kept in, and what waits in RAM. Without
+        `place` the networks stay where they were loaded until `Restorer.place` is called."""
         control, parts = self.config.control, self.config.parts
-        if control.input != "condition":
-            raise ConfigError(f"control.input {control.input!r} is not supported yet", 'use "condition"')
-        transformer = _load(FluxTransformer2DModel, self.part_folder("transformer"), dtype)
-        controlnet = _load(MMControlNet, self.part_folder("controlnet"), dtype)
+        transformer = load_part(FluxTransformer2DModel, self.part_folder("transformer"), dtype, mode.quantize)
+        controlnet = self._open_controlnet(dtype)
         context = (
-            _load(ContextAttention, self.part_folder("context_attention"), dtype)
+            load_part(ContextAttention, self.part_folder("context_attention"), dtype)
             if control.text and "context_attention" in parts
             else None
         )
-        lora = RestorationLoRA.load(transformer, self.part_folder("lora")) if "lora" in parts else None
+        lora = None
+        if "lora" in parts:
+            with warnings.catch_warnings():
+                # peft: such an adapter can't be merged into quantized weights; it never is.
+                warnings.simplefilter("ignore", UserWarning)
+                lora = RestorationLoRA.load(transformer, self.part_folder("lora"))
+            for parameter in lora.parameters():
+                parameter.data = parameter.data.to(dtype)
         dit = ConditionedDiT(transformer, context, control.map, mask_pads)
         made = len(controlnet.transformer_blocks)
         if dit.features_needed != made:
@@ -147,26 +190,32 @@ class Bundle:
                 f"control.map uses {dit.features_needed} features, the ControlNet makes {made}",
                 f"correct {self.folder / CONFIG_FILE}",
             )
-        dit.to(device, dtype).eval().requires_grad_(False)
-        controlnet.to(device).requires_grad_(False)
-        return Restorer(dit, controlnet, lora, device)
+        dit.eval().requires_grad_(False)
+        controlnet.requires_grad_(False)
+        restorer = Restorer(dit, controlnet, lora, device)
+        if place:
+            restorer.place(mode.offload)
+        return restorer
 
 
-def open_bundle(model: str, weights: str | None = None) -> Bundle:
+def open_bundle(model: str | None, weights: str | None = None) -> Bundle:
     """The bundle `model` (a built-in name or a folder), with the trained parts of the run `weights` laid over it.
 
-    Raises `WeightsError` if there is none, `ConfigError` if bundle.json is not valid or names another base than
-    `model`.
+    Without `model` it is the run's own bundle, which names its base for the parts that it left alone. Raises
+    `WeightsError` if there is none, `ConfigError` if bundle.json is not valid or names another base than `model`.
     """
-    folder = _find(model)
-    bundle = Bundle(folder, read_config(folder))
     if weights is None:
-        return bundle
+        folder = _find(model or BUILT_IN[0])
+        return Bundle(folder, read_config(folder))
     run = Path(weights)
     run = run / "bundle" if (run / "bundle" / CONFIG_FILE).is_file() else run
     if not (run / CONFIG_FILE).is_file():
         raise WeightsError(f"{weights}: no {CONFIG_FILE} there", "give the folder of a finished `dreamsr train` run")
     over = read_config(run)
+    if model is None:
+        return Bundle(run, over)
+    folder = _find(model)
+    bundle = Bundle(folder, read_config(folder))
     if to_dict(over.latent) != to_dict(bundle.config.latent) or over.control.map != bundle.config.control.map:
         raise ConfigError(
             f"--weights {weights} was trained for another base than --model {model}",
@@ -200,29 +249,20 @@ def read_config(folder: Path) -> BundleConfig:
 def save_bundle(
     folder: Path,
     config: BundleConfig,
+    modules: Mapping[str, ModelMixin],
+    lora: RestorationLoRA | None,
     *,
-    transformer: FluxTransformer2DModel,
-    autoencoder: PatchAutoencoder,
-    text_encoder: ByteTextEncoder,
-    controlnet: MMControlNet,
-    context_attention: ContextAttention,
-    lora: RestorationLoRA,
+    elsewhere: Mapping[str, PartConfig] | None = None,
     state: Callable[[str, torch.nn.Module], dict[str, torch.Tensor]] | None = None,
 ) -> None:
-    """Write a bundle of our own kind: bfloat16 safetensors, the autoencoder's transform in float32.
+    """Write a bundle: `modules` by part name in bfloat16 safetensors (the built-in autoencoder's transform in float32),
+    the LoRA, and in bundle.json where the parts `elsewhere` lie.
 
     `state(name, module)` may give other weights than the module's own (an average over steps).
     """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    modules: dict[str, ModelMixin] = {
-        "transformer": transformer,
-        "vae": autoencoder,
-        "text_encoder": text_encoder,
-        "controlnet": controlnet,
-        "context_attention": context_attention,
-    }
     for name, module in modules.items():
         part = folder / name
         part.mkdir(exist_ok=True)
@@ -235,8 +275,11 @@ def save_bundle(
             part / "diffusion_pytorch_model.safetensors",
             metadata={"format": "pt"},
         )
-    lora.save(folder / "lora", torch.bfloat16, state("lora", transformer) if state else None)
-    parts = {name: PartConfig(path=name) for name in PARTS}
+    parts = dict(elsewhere or {}) | {name: PartConfig(path=name) for name in modules}
+    if lora is not None:
+        lora.save(folder / "lora", torch.bfloat16, state("lora", lora.transformer) if state else None)
+        parts["lora"] = PartConfig(path="lora")
+    parts = {name: parts[name] for name in PARTS if name in parts}
     text = json.dumps(to_dict(dataclasses.replace(config, parts=parts)), indent=1)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -249,43 +292,3 @@ def _find(model: str) -> Path:
         if (candidate / CONFIG_FILE).is_file():
             return candidate
     raise WeightsError(f"{model}: no such model", f"use one of {', '.join(BUILT_IN)} or a folder with a {CONFIG_FILE}")
-
-
-def _class_name(folder: Path) -> str:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name", "")
-    except (OSError, ValueError, AttributeError) as error:
-        raise WeightsError(f"{folder}: no readable config.json: {error}", "fetch or train the bundle again") from error
-
-
-def _load(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
-    from diffusers.utils import logging
-
-    logging.set_verbosity_error()
-    try:
-        model, info = cls.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise WeightsError(f"{folder}: cannot be loaded: {error}", "fetch or train the bundle again") from error
-    for kind in ("missing", "unexpected"):
-        if info[f"{kind}_keys"]:
-            raise WeightsError(f"{folder}: {kind} tensor {info[f'{kind}_keys'][0]}", "fetch or train the bundle again")
-    return model.eval()
-
-
-def _load_text(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        model, info = cls.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise WeightsError(f"{folder}: cannot be loaded: {error}", "fetch the bundle again") from error
-    # Left-over tensors are usual here (a checkpoint's other half); a missing one would be random.
-    if info["missing_keys"]:
-        raise WeightsError(f"{folder}: missing tensor {sorted(info['missing_keys'])[0]}", "fetch the bundle again")
-    return model.eval()

@@ -64,7 +64,8 @@ class FluxControl(nn.Module):
         # Our own walk: diffusers' rounds t to the weights' dtype before it is scaled by 1000.
         temb = embed_time(model.time_text_embed, t_B, text.pooled_BD, guidance)
         encoder = model.context_embedder(text.tokens_BTD)
-        rope = rotary(model.pos_embed, encoder.shape[1], height, width, hidden.device)
+        pos_embed: Any = model.pos_embed
+        rope = rotary(pos_embed, encoder.shape[1], height, width, hidden.device)
         image = []
         for block, projection in zip(model.transformer_blocks, model.controlnet_blocks, strict=True):
             encoder, hidden = block(
