@@ -62,7 +62,9 @@ def lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., LockE
             }
             files.append(LockRow(path=name, licence="MIT", **{**fields, **(rows or {}).get(name, {})}))
         plain: dict[str, Any] = {"repository": "us/thing", "revision": COMMIT, "licence": "MIT", **options}
-        write_entry(path, LockEntry(name="thing", files=tuple(files) if plain.get("repository") or rows else (), **plain))
+        write_entry(
+            path, LockEntry(name="thing", files=tuple(files) if plain.get("repository") or rows else (), **plain)
+        )
         return load_lock()["thing"]
 
     return make
