@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dreamsr_cli.bundle_sizes import BundleSizes, read_sizes
@@ -10,7 +11,7 @@ from dreamsr_cli.config import TILE_BATCH, UpscaleConfig, parse_memory
 from dreamsr_cli.device import choose_device, choose_dtype
 from dreamsr_cli.errors import DeviceError, UsageError
 from dreamsr_cli.machine import free_memory
-from dreamsr_cli.memory_plan import Choice, Given, choose, modes, need, typical_work
+from dreamsr_cli.memory_plan import Choice, Given, choose, need, runnable, typical_work
 from dreamsr_cli.models.bundle import Bundle
 from dreamsr_cli.models.quantization import PLAIN, MemoryMode, check_mode, installed
 from dreamsr_cli.sampler import CONTROL_BYTES
@@ -66,9 +67,9 @@ def _ready(mode: MemoryMode) -> bool:
 
 def _too_small(amount: str, sizes: BundleSizes, itemsize: int, tile: int, kind: str, given: Given) -> DeviceError:
     work = typical_work(sizes, tile, STRIP, CONTROL_BYTES)(given.tile_batch or 1)
-    least = min(need(sizes, mode, itemsize, work)[0] for mode in modes(given))
-    hint = f"give at least --memory {least / 1e9:.0f}GB"
-    missing = [kind for kind in ("int8", "nf4") if not installed(kind)]
+    needs = [need(sizes, mode, itemsize, work)[0] for mode in runnable(given, kind, _ready)]
+    hint = f"give at least --memory {math.ceil(min(needs) / 1e9)}GB" if needs else "leave out --quantize or --offload"
+    missing = [backend for backend in ("int8", "nf4") if not installed(backend)]
     if missing:
         hint += ", or pip install 'dreamsr[quantize]' for smaller weights"
     return DeviceError(f"--memory {amount}: model {sizes.name} doesn't fit on {kind}", hint)

@@ -189,6 +189,16 @@ def modes(given: Given) -> list[MemoryMode]:
     return list(ORDER)
 
 
+def runnable(given: Given, kind: str, usable: Callable[[MemoryMode], bool]) -> list[MemoryMode]:
+    """The modes of `modes` that can run on a device of this kind, on this machine."""
+
+    def tried(mode: MemoryMode) -> bool:
+        moves_for_nothing = kind == "cpu" and mode.offload != "none" and given.offload is None
+        return not moves_for_nothing and not cannot_run(mode, kind) and usable(mode)
+
+    return [mode for mode in modes(given) if tried(mode)]
+
+
 def need(sizes: BundleSizes, mode: MemoryMode, itemsize: int, work: PhaseWork) -> tuple[int, int]:
     """(bytes on the device at the peak, bytes of weights in RAM at most)."""
     found = phases(sizes, mode, itemsize, work).values()
@@ -211,10 +221,7 @@ def choose(
     `work_of(tile_batch)` says what the networks work on; `usable` leaves out modes whose backend isn't there; `host`:
     bytes of RAM that weights may take. On a CPU nothing is gained by moving weights, so only quantization is tried.
     """
-    for mode in modes(given):
-        skipped = kind == "cpu" and mode.offload != "none" and given.offload is None
-        if skipped or cannot_run(mode, kind) or not usable(mode):
-            continue
+    for mode in runnable(given, kind, usable):
         for batch in (given.tile_batch,) if given.tile_batch else TILE_BATCHES:
             device, weights = need(sizes, mode, itemsize, work_of(batch))
             if device <= budget and (host is None or kind == "cpu" or weights <= host):

@@ -159,7 +159,7 @@ def test_settings_say_what_memory_chose(tiny_flux_bundle: Path, monkeypatch: pyt
     assert (typed.offload, typed.tile_batch) == ("model", 2)
     with pytest.raises(DeviceError, match="doesn't fit") as error:
         check_settings(UpscaleConfig(memory="100MB", device="cpu"), bundle)
-    assert "--memory 1GB" in error.value.hint
+    assert "--memory 2GB" in error.value.hint
     with pytest.raises(UsageError, match="--tile 0"):
         check_settings(UpscaleConfig(memory="2GB", tile=0), bundle)
     monkeypatch.setattr(memory_choice, "installed", lambda kind: kind == "none")
