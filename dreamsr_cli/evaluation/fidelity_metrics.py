@@ -22,7 +22,7 @@ _IDS = {
         id="seam",
         variant="1: as seamless as the Lanczos picture",
         definition="mean absolute second difference of luma across tile borders over the same across parallel lines at "
-        "least 32 px away, minus that ratio in the Lanczos picture, plus 1",
+        "least 32 px away at multiples of 16 px, minus that ratio in the Lanczos picture, plus 1",
         weights_sha256=None,
         lower_better=True,
         unit="",
