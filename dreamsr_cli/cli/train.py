@@ -11,6 +11,7 @@ import typer
 
 from dreamsr_cli.cli.console import make_display
 from dreamsr_cli.cli.train_options import Found, TrainOptions, train_options
+from dreamsr_cli.cli.upscaling import silence_libraries
 
 EPILOG = (
     "Examples:  dreamsr train --stage joint --data pairs/ --perceptual-weights weights/ -o runs/joint  ·  "
@@ -78,6 +79,7 @@ def command(
     Settings may also lie in table train of ./dreamsr.toml. Ctrl-C leaves a checkpoint; --resume goes on, and the result
     is the same as without the interruption. Several processes: start it with torchrun or accelerate launch.
     """
+    silence_libraries()
     from dreamsr_cli.training.stages import STAGES
 
     flags: dict[str, Any] = {
