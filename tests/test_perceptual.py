@@ -13,6 +13,7 @@ from torch import nn
 from dreamsr_cli.errors import UsageError, WeightsError
 from dreamsr_cli.models import perceptual
 from dreamsr_cli.models.perceptual import BACKBONES, PINS, Lpips, describe, load_perceptual
+from dreamsr_cli.weights_lock import load_lock
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "weights"
 FILES = {"lpips-vgg": "vgg16/net.pth", "lpips-alex": "alexnet/net.pth", "lpips-squeeze": "squeezenet/net.pth"}
@@ -168,3 +169,9 @@ def test_the_real_squeeze_grows_with_blur_and_noise() -> None:
     noise = torch.randn(x.shape)
     distances = [float(network(x + s * noise, x)) for s in (0.0, 0.05, 0.2)]
     assert distances[0] == 0 and distances[0] < distances[1] < distances[2]
+
+
+def test_pins_are_those_of_weights_lock() -> None:
+    locked = {row.path: row.sha256 for row in load_lock()["lpips"].files}
+    pinned = {path: sha256 for path, sha256 in PINS.items() if not path.startswith("squeezenet/")}
+    assert pinned and pinned == {path: locked.get(path) for path in pinned}
