@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreamsr_cli.cli.options import check_exclusive, check_setting, flag, parse_setting, toml_table
+from dreamsr_cli.cli.options import Layer, check_setting, flag, from_environ, from_flags, merge_layers, toml_table
 from dreamsr_cli.config import CaptionConfig, from_dict
 from dreamsr_cli.errors import UsageError
 
@@ -70,22 +70,15 @@ def caption_options(
 
     Raises `UsageError` (or its child `ConfigError`) naming the flag, variable or key, and what it may be.
     """
-    values: dict[str, Any] = {}
-    origin: dict[str, str] = {}
-    for layer, names in (_from_toml(folder / "dreamsr.toml"), _from_environ(environ), _from_flags(flags)):
-        for rivals in _EXCLUSIVE:
-            check_exclusive([name for name in rivals if layer.get(name) not in (None, False)], names)
-            if any(name in layer for name in rivals):
-                values = {name: value for name, value in values.items() if name not in rivals}
-        values |= layer
-        origin |= names
+    layers = (_from_toml(folder / "dreamsr.toml"), from_environ(_KINDS, environ), from_flags(flags))
+    values, origin = merge_layers(layers, _EXCLUSIVE)
     for name, value in values.items():
         _check(name, value, origin[name])
     config, run = (_pick(values, cls) for cls in _CLASSES)
     return CaptionConfig(**config), CaptionRun(**run)
 
 
-def _from_toml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _from_toml(path: Path) -> Layer:
     table = toml_table(path, "caption")
     where = f"{path}: [caption]"
     both = {key: value for key, value in table.items() if key not in _KINDS}
@@ -96,18 +89,6 @@ def _from_toml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         checked = from_dict(cls, part, where)
         values |= {key: getattr(checked, key) for key in part}
     return values, {name: f"{path.name}: {name}" for name in values}
-
-
-def _from_environ(environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    names = {name: f"DREAMSR_{name.upper()}" for name in _KINDS}
-    texts = {name: environ.get(variable, "").strip() for name, variable in names.items()}
-    values = {name: parse_setting(_KINDS[name], text, names[name]) for name, text in texts.items() if text}
-    return values, {name: names[name] for name in values}
-
-
-def _from_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    values = {name: value for name, value in flags.items() if value is not None}
-    return values, {name: flag(name) for name in values}
 
 
 def _check(name: str, value: Any, origin: str) -> None:

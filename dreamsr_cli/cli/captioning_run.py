@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreamsr_cli.cli.caption_options import CaptionRun
-from dreamsr_cli.cli.console import Display, explain, report, stop_if_asked
+from dreamsr_cli.cli.console import Display, explain, stop_if_asked
 from dreamsr_cli.cli.options import RunConfig
+from dreamsr_cli.cli.photo_batch import PhotoBatch
 from dreamsr_cli.cli.photos import Found, Job, Naming, find_photos, plan_jobs, prepare_target
 from dreamsr_cli.cli.upscaling import open_verified_bundle, silence_libraries
 from dreamsr_cli.config import CaptionConfig
 from dreamsr_cli.errors import (
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_SOME_FAILED,
     DreamSRError,
     UsageError,
 )
@@ -46,30 +41,17 @@ class PromptsNaming(Naming):
         return item.source.with_name(name) if self.out is None else self.out / item.tree / name
 
 
-class CaptioningRun:
+class CaptioningRun(PhotoBatch):
     """Finds, plans, captions photo by photo with one open captioner, tells and counts."""
 
     def __init__(
         self, inputs: list[str], config: CaptionConfig, run: CaptionRun, as_json: bool, display: Display
     ) -> None:
+        super().__init__(run.out, as_json, display)
         self.inputs, self.config, self.options = inputs, config, run
-        self.as_json, self.display = as_json, display
-        self.out = os.path.expanduser(run.out) if run.out else None
-        self.done = self.failed = self.total = 0
 
-    def run(self) -> int:
-        """Caption everything; the exit code. Raises `DreamSRError` only for what concerns every photo."""
-        try:
-            self._run()
-        except KeyboardInterrupt:
-            hint = "the same command goes on" + (", with --skip-existing" if self.done else "")
-            print(f"interrupted: {self.done} of {self.total} photos done; {hint}", file=sys.stderr)
-            return EXIT_INTERRUPTED
-        if not self.failed:
-            return EXIT_DONE
-        if self.total > 1:
-            self.display.note(f"{self.done} of {self.total} photos done, {self.failed} failed")
-        return EXIT_SOME_FAILED if self.done else EXIT_FAILED
+    def _how_to_go_on(self) -> str:
+        return super()._how_to_go_on() + (", with --skip-existing" if self.done else "")
 
     def _run(self) -> None:
         from dreamsr_cli.images import is_photo_name
@@ -158,18 +140,6 @@ class CaptioningRun:
             "global_prompt": plan.global_text,
             "seconds": round(time.monotonic() - began, 3),
         }
-
-    def _tell(self, entry: Job | Found, outcome: dict[str, Any] | DreamSRError | None) -> None:
-        """Result on stdout, or error on stderr (and, with --json, on stdout as well); counts it."""
-        if isinstance(outcome, dict):
-            self.done += 1
-            print(json.dumps(outcome) if self.as_json else outcome["output"], flush=True)
-        elif outcome is not None:
-            self.failed += 1
-            report(outcome)
-            if self.as_json:
-                failure = {"input": str(entry.source), "error": outcome.message, "hint": outcome.hint}
-                print(json.dumps({**failure, "exit_code": outcome.exit_code}), flush=True)
 
 
 def json_is_file(out: str | None, found: list[Found]) -> bool:

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,17 +109,8 @@ def upscale_options(flags: Mapping[str, Any], environ: Mapping[str, str], folder
     `flags` holds None for what wasn't typed; `folder` is where dreamsr.toml is looked for. Raises `UsageError` (or its
     child `ConfigError`) naming the flag, variable or key, and what it may be.
     """
-    values: dict[str, Any] = {}
-    origin: dict[str, str] = {}
-    for layer, names in (_from_toml(folder / "dreamsr.toml"), _from_environ(environ), _from_flags(flags)):
-        for rivals in _EXCLUSIVE:
-            check_exclusive([name for name in rivals if layer.get(name) not in (None, False)], names)
-            if any(name in layer for name in rivals):
-                for name in rivals:
-                    values.pop(name, None)
-                    origin.pop(name, None)
-        values |= layer
-        origin |= names
+    layers = (_from_toml(folder / "dreamsr.toml"), _from_environ(environ), from_flags(flags))
+    values, origin = merge_layers(layers, _EXCLUSIVE)
     if "format" in values:
         values["format"] = FORMAT_ALIASES.get(values["format"].lower(), values["format"].lower())
     if values.get("prompts") and origin.get("captioner") == flag("captioner"):
@@ -131,6 +122,29 @@ def upscale_options(flags: Mapping[str, Any], environ: Mapping[str, str], folder
         check_setting(name, value, origin[name])
     config, output, run = (_pick(values, cls) for cls in _CLASSES)
     return UpscaleOptions(UpscaleConfig(**config), OutputConfig(**output), RunConfig(**run), origin)
+
+
+Layer = tuple[dict[str, Any], dict[str, str]]
+"""Settings that one source gave, and how each was named there."""
+
+
+def merge_layers(layers: Iterable[Layer], exclusive: Iterable[tuple[str, ...]]) -> Layer:
+    """The layers merged, later ones winning. A setting drops its rivals (the tuples of `exclusive`) of lower layers.
+
+    Two rivals in one layer raise `UsageError`.
+    """
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for layer, names in layers:
+        for rivals in exclusive:
+            check_exclusive([name for name in rivals if layer.get(name) not in (None, False)], names)
+            if any(name in layer for name in rivals):
+                for name in rivals:
+                    values.pop(name, None)
+                    origin.pop(name, None)
+        values |= layer
+        origin |= names
+    return values, origin
 
 
 def toml_table(path: Path, table: str) -> dict[str, Any]:
@@ -148,7 +162,7 @@ def toml_table(path: Path, table: str) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in data.get(table, {}).items()}
 
 
-def _from_toml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _from_toml(path: Path) -> Layer:
     table = toml_table(path, "upscale")
     if type(table.get("bit_depth")) is int:
         table["bit_depth"] = str(table["bit_depth"])
@@ -165,16 +179,25 @@ def _from_toml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return values, {name: f"{path.name}: {name}" for name in values}
 
 
-def _from_environ(environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    names = {name: f"DREAMSR_{name.upper()}" for name in _KINDS}
+def _from_environ(environ: Mapping[str, str]) -> Layer:
+    values, names = from_environ({name: kind for name, kind in _KINDS.items() if name != "tile_prompt"}, environ)
+    lines = tuple(line for line in environ.get("DREAMSR_TILE_PROMPT", "").strip().splitlines() if line.strip())
+    return (
+        (values | {"tile_prompt": lines}, names | {"tile_prompt": "DREAMSR_TILE_PROMPT"}) if lines else (values, names)
+    )
+
+
+def from_environ(kinds: Mapping[str, Any], environ: Mapping[str, str]) -> Layer:
+    """The settings `kinds` (name -> type) that a `DREAMSR_*` variable gives. `UsageError` names one that can't be
+    read."""
+    names = {name: f"DREAMSR_{name.upper()}" for name in kinds}
     texts = {name: environ.get(variable, "").strip() for name, variable in names.items()}
-    values = {name: parse_setting(_KINDS[name], text, names[name]) for name, text in texts.items() if text}
-    if "tile_prompt" in values:
-        values["tile_prompt"] = tuple(line for line in texts["tile_prompt"].splitlines() if line.strip())
+    values = {name: parse_setting(kinds[name], text, names[name]) for name, text in texts.items() if text}
     return values, {name: names[name] for name in values}
 
 
-def _from_flags(flags: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def from_flags(flags: Mapping[str, Any]) -> Layer:
+    """The settings that were typed; None stands for what wasn't."""
     values = {name: value for name, value in flags.items() if value is not None}
     return values, {name: flag(name) for name in values}
 

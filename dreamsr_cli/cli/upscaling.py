@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreamsr_cli.cli.console import Display, explain, report, stop_if_asked
+from dreamsr_cli.cli.console import Display, explain, stop_if_asked
 from dreamsr_cli.cli.options import RunConfig, UpscaleOptions
+from dreamsr_cli.cli.photo_batch import PhotoBatch
 from dreamsr_cli.cli.photos import (
     EXTENSIONS,
     Found,
@@ -29,10 +28,6 @@ from dreamsr_cli.cli.plan import Planner, plan_table
 from dreamsr_cli.cli.prompt_paths import PromptPaths
 from dreamsr_cli.config import OutputConfig
 from dreamsr_cli.errors import (
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_SOME_FAILED,
     DreamSRError,
     UsageError,
 )
@@ -45,29 +40,17 @@ if TYPE_CHECKING:
     from dreamsr_cli.settings import Settings
 
 
-class Upscaling:
+class Upscaling(PhotoBatch):
     """One run of the command: finds, plans, calls the engine photo by photo, tells and counts."""
 
     def __init__(
         self, inputs: list[str], options: UpscaleOptions, as_json: bool, display: Display, dry_run: bool = False
     ) -> None:
-        self.inputs, self.options, self.as_json, self.display = inputs, options, as_json, display
-        self.dry_run = dry_run
-        self.out = os.path.expanduser(options.run.out) if options.run.out else None
-        self.done = self.failed = self.total = 0
+        super().__init__(options.run.out, as_json, display)
+        self.inputs, self.options, self.dry_run = inputs, options, dry_run
 
-    def run(self) -> int:
-        """Upscale everything; the exit code. Raises `DreamSRError` only for what concerns every photo."""
-        try:
-            self._run()
-        except KeyboardInterrupt:
-            print(f"interrupted: {self.done} of {self.total} photos done; the same command goes on", file=sys.stderr)
-            return EXIT_INTERRUPTED
-        if not self.failed:
-            return EXIT_DONE
-        if self.total > 1:
-            self.display.note(f"{self.done} of {self.total} photos done, {self.failed} failed")
-        return EXIT_SOME_FAILED if self.done else EXIT_FAILED
+    def _text(self, outcome: dict[str, Any]) -> str:
+        return plan_table(outcome) if self.dry_run else super()._text(outcome)
 
     def _run(self) -> None:
         from dreamsr_cli.images import is_photo_name
@@ -187,19 +170,6 @@ class Upscaling:
         for note in given.notes:
             self.display.note(f"{job.source.name}: {note}")
         return {"prompts": None if path is None else str(path), "notes": list(given.notes)}
-
-    def _tell(self, entry: Job | Found, outcome: dict[str, Any] | DreamSRError | None) -> None:
-        """Result on stdout, or error on stderr (and, with --json, on stdout as well); counts it."""
-        if isinstance(outcome, dict):
-            self.done += 1
-            text = plan_table(outcome) if self.dry_run else outcome["output"]
-            print(json.dumps(outcome) if self.as_json else text, flush=True)
-        elif outcome is not None:
-            self.failed += 1
-            report(outcome)
-            if self.as_json:
-                failure = {"input": str(entry.source), "error": outcome.message, "hint": outcome.hint}
-                print(json.dumps({**failure, "exit_code": outcome.exit_code}), flush=True)
 
 
 def header_size(photo: Path) -> tuple[int, int]:
