@@ -9,6 +9,7 @@ import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,13 +53,13 @@ def photos(tmp_path: Path) -> list[Path]:
 
 
 def make(
-    out: Path, photos: list[Path], settings: PairSettings = PLAIN, crops: int = 2, workers: int = 1, **more: object
+    out: Path, photos: list[Path], settings: PairSettings = PLAIN, crops: int = 2, workers: int = 1, **more: Any
 ) -> tuple[PairSet, list[PhotoResult]]:
     told: list[PhotoResult] = []
     plans = plan_set([read_source(path) for path in photos], settings, crops)
     overwrite, eraser = bool(more.get("overwrite")), more.get("eraser")
     shared = shared_settings(settings)
-    made = make_pair_set(out, plans, shared, workers, overwrite, eraser, SilentProgress(), told.append)  # type: ignore
+    made = make_pair_set(out, plans, shared, workers, overwrite, eraser, SilentProgress(), told.append)
     return made, told
 
 
