@@ -65,11 +65,46 @@ class Refiner(nn.Module):
 
     def forward(self, rgb_B3PQ: Tensor) -> Tensor:
         """The correction alone, to be added to the picture; same shape and dtype."""
-        x = F.pixel_unshuffle(rgb_B3PQ, self.FOLD)
+        # A third faster on a CPU than channels first.
+        x = F.pixel_unshuffle(rgb_B3PQ, self.FOLD).contiguous(memory_format=torch.channels_last)
         x = self.entry(x)
         for first, second in (cast(nn.Sequential, pair) for pair in self.blocks):
             x = x + second(F.silu(first(F.silu(x))))
         return F.pixel_shuffle(self.exit(F.silu(x)), self.FOLD)
+
+    @property
+    def width(self) -> int:
+        """Channels."""
+        return self.entry.out_channels
+
+    @torch.no_grad()
+    def grown(self, width: int, blocks: int) -> Refiner:
+        """A larger refiner that computes the same as this one: what it has more is fresh and not yet listened to.
+
+        `ValueError` where it would be smaller.
+        """
+        more = Refiner(width, blocks).to(self.entry.weight.dtype)
+        old = self.width
+        if width < old or blocks < len(self.blocks):
+            raise ValueError(f"a refiner of {old} x {len(self.blocks)} can't shrink to {width} x {blocks}")
+        _lay_into(more.entry, self.entry)
+        for pair, known in zip(more.blocks, self.blocks, strict=False):
+            for new, conv in zip(cast(nn.Sequential, pair), cast(nn.Sequential, known), strict=True):
+                _lay_into(cast(nn.Conv2d, new), cast(nn.Conv2d, conv))
+        for pair in more.blocks[len(self.blocks) :]:
+            for parameter in cast(nn.Sequential, pair)[1].parameters():
+                nn.init.zeros_(parameter)
+        _lay_into(more.exit, self.exit)
+        return more
+
+
+def _lay_into(wider: nn.Conv2d, conv: nn.Conv2d) -> None:
+    """Make the first outputs of `wider` those of `conv`, deaf to the inputs that `conv` doesn't have."""
+    outputs, inputs = conv.weight.shape[:2]
+    wider.weight[:outputs] = 0
+    wider.weight[:outputs, :inputs] = conv.weight
+    if wider.bias is not None and conv.bias is not None:
+        wider.bias[:outputs] = conv.bias
 
 
 class PatchAutoencoder(ModelMixin, ConfigMixin):
@@ -95,6 +130,15 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         self.gain_C = nn.Parameter(torch.ones(channels), requires_grad=False)
         self.refiner = Refiner(refiner_width, refiner_blocks)
         self.halo = -(-self.refiner.reach // STRIDE) * STRIDE
+
+    @torch.no_grad()
+    def with_refiner(self, width: int, blocks: int) -> PatchAutoencoder:
+        """The same autoencoder with a larger refiner (`Refiner.grown`)."""
+        larger = PatchAutoencoder(self.channels, width, blocks, self.whitening)
+        for name in ("mean_K", "basis_CK", "gain_C"):
+            getattr(larger, name).copy_(getattr(self, name))
+        larger.refiner = self.refiner.grown(width, blocks)
+        return larger
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Tensor]) -> dict[str, float]:

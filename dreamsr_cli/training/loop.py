@@ -179,7 +179,7 @@ class Run:
         learner = self.learners[kind]
         norm = learner.masters.take_gradients(recipe.optim.clip)
         # The GAN term has no scale of its own and may be negative: it tells nothing about an explosion.
-        steady = terms["loss"] - self.gan_weight * terms.get("removal_gan", 0.0)
+        steady = terms["loss"] - self.gan_weight * (terms.get("removal_gan", 0.0) + terms.get("texture_gan", 0.0))
         if complaint := self.watch.complaint(kind, steady, norm):
             self._give_up(complaint)
         with self.interruptions.held():

@@ -171,7 +171,8 @@ class Networks:
 
 
 def build(recipe: Recipe, start: Bundle | None) -> Networks:
-    """Fresh networks of the recipe's sizes, float32, or those of the bundle `start` (whose sizes then count)."""
+    """Fresh networks of the recipe's sizes, float32, or those of the bundle `start`, whose sizes then count;
+    only its refiner grows where the recipe's is larger."""
     torch.manual_seed(recipe.seed)
     if start is not None:
         return _from_bundle(recipe, start)
@@ -233,6 +234,10 @@ def _from_bundle(recipe: Recipe, start: Bundle) -> Networks:
             f"stages autoencoder and backbone train bundles of our own kind, {start.config.name} has FLUX's parts",
             "use --stage controlnet, restoration or joint",
         )
+    width, blocks = recipe.sizes.refiner_width, recipe.sizes.refiner_blocks
+    had = autoencoder.refiner.width, len(autoencoder.refiner.blocks)
+    if (width, blocks) != had and width >= had[0] and blocks >= had[1]:
+        autoencoder = autoencoder.with_refiner(width, blocks)
     if restorer.lora is None or not isinstance(restorer.controlnet, MMControlNet):
         raise UsageError(
             f"{start.config.name} has no LoRA, or a ControlNet of another kind",

@@ -171,6 +171,11 @@ class Recipe:
     """How far from zero the injections start in stage `backbone` (decisions.md)."""
     t_range: tuple[float, float] = (0.0, 1.0)
     """Range of t in texture steps."""
+    renoised_share: float = 0.0
+    """Share of a texture step's samples that begin as at inference, from the condition renoised (eq. 3), not from the
+    good picture (eq. 5); the good picture stays their target (ours, docs/method.md)."""
+    renoised_t: tuple[float, float] = (0.05, 0.2)
+    """Range of t of these samples."""
     model: str | None = None
     """Bundle that stages controlnet, restoration and joint train on, where `--model` names none; None: mini."""
     fresh: bool = False
@@ -315,9 +320,12 @@ def _check(recipe: Recipe, where: str) -> None:
         raise ConfigError(f"{where}: optim.ema is {recipe.optim.ema}", "use 0 (off) or a decay below 1")
     if min(recipe.loss.gan or 0, recipe.loss.gan_start, recipe.loss.gan_lead, recipe.explosion) < 0:
         raise ConfigError(f"{where}: loss.gan, gan_start, gan_lead and explosion can't be negative", "use 0 for none")
-    low, high = recipe.t_range
-    if not 0 <= low < high <= 1:
-        raise ConfigError(f"{where}: t_range {recipe.t_range} is not inside 0..1", "use [0.0, 1.0]")
+    if not 0 <= recipe.renoised_share <= 1:
+        raise ConfigError(f"{where}: renoised_share is {recipe.renoised_share}", "use a share from 0 to 1")
+    for name in ("t_range", "renoised_t"):
+        low, high = getattr(recipe, name)
+        if not 0 <= low < high <= 1:
+            raise ConfigError(f"{where}: {name} {(low, high)} is not inside 0..1", "use [0.0, 1.0]")
 
 
 def recipe_dict(recipe: Recipe) -> dict[str, Any]:

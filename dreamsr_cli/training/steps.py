@@ -18,7 +18,7 @@ from dreamsr_cli import flow
 from dreamsr_cli.config import SamplingConfig
 from dreamsr_cli.draws import generator
 from dreamsr_cli.errors import TrainingError
-from dreamsr_cli.losses import pixel_loss, removal_loss, velocity_loss
+from dreamsr_cli.losses import hinge_generator, pixel_loss, removal_loss, velocity_loss
 from dreamsr_cli.models.conditioned_dit import Injections
 from dreamsr_cli.models.perceptual import Perceptual
 from dreamsr_cli.models.text_encoder import ByteTextEncoder, TextEmbedding, stack
@@ -59,7 +59,7 @@ class Outcome(NamedTuple):
     terms: dict[str, Tensor]
     """Terms before weighting, detached; a step of one kind always has the same ones."""
     fake: Tensor | None = None
-    """What the removal step decoded, detached: for the discriminator."""
+    """What the step decoded, detached: for the discriminator."""
     real: Tensor | None = None
 
 
@@ -123,6 +123,17 @@ def draw_texture(
     return torch.from_numpy(t), torch.from_numpy(eps)
 
 
+def draw_renoised(recipe: Recipe, step: int, batch: int, first: int = 0) -> Tensor:
+    """t of each sample that begins from its renoised condition, 0 for the others; (B,), on the CPU."""
+    t = np.zeros(batch, np.float32)
+    low, high = recipe.renoised_t
+    for b in range(batch if recipe.renoised_share else 0):
+        rng = generator(recipe.seed, "renoised", step, first + b)
+        if rng.random() < recipe.renoised_share:
+            t[b] = low + (high - low) * rng.random()
+    return torch.from_numpy(t)
+
+
 def run_step(
     kind: str, networks: Networks, recipe: Recipe, perceptual: Perceptual | None, critic: Critic | None, crops: Crops
 ) -> Outcome:
@@ -156,7 +167,9 @@ def texture_step(networks: Networks, recipe: Recipe, perceptual: Perceptual | No
     target, z_0, z_lq = _encoded(networks, crops)
     local, glob = _texts(networks, crops)
     condition = _condition(networks, recipe, crops, z_lq, local, glob)
-    return Outcome(*_texture(networks, recipe, perceptual, crops, z_0, target, condition, local, glob))
+    return _texture(networks, recipe, perceptual, None, crops, z_0, target, condition, local, glob)._replace(
+        fake=None, real=None
+    )
 
 
 def restoration_step(
@@ -170,9 +183,12 @@ def restoration_step(
     target, z_0, z_lq = _encoded(networks, crops)
     local, glob = _texts(networks, crops)
     z_dr = remove(networks, z_lq, local, glob, networks.config.sampling)
-    removal = _removal(networks, recipe, perceptual, critic, z_dr, z_0, target)
-    texture, terms = _texture(networks, recipe, perceptual, crops, z_0, target, z_dr.detach(), local, glob)
-    return Outcome(removal.loss + texture, removal.terms | terms, removal.fake, removal.real)
+    # Where the texture part ends in pictures as inference makes them, these are what has to look like photos.
+    first, second = (None, critic) if recipe.renoised_share else (critic, None)
+    removal = _removal(networks, recipe, perceptual, first, z_dr, z_0, target)
+    texture = _texture(networks, recipe, perceptual, second, crops, z_0, target, z_dr.detach(), local, glob)
+    judged = texture if recipe.renoised_share else removal
+    return Outcome(removal.loss + texture.loss, removal.terms | texture.terms, judged.fake, judged.real)
 
 
 def _encoded(networks: Networks, crops: Crops) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,29 +255,49 @@ def _texture(
     networks: Networks,
     recipe: Recipe,
     perceptual: Perceptual | None,
+    critic: Critic | None,
     crops: Crops,
     z_0: Tensor,
     target: Tensor,
     condition: Tensor,
     local: TextEmbedding,
     glob: TextEmbedding,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    weights = recipe.loss
+) -> Outcome:
+    weights, fake, real = recipe.loss, None, None
     t, eps = draw_texture(recipe.seed, crops.step, z_0.shape, recipe.t_range, crops.first)
-    t, eps = t.to(z_0.device), eps.to(z_0.device)
+    again = draw_renoised(recipe, crops.step, len(t), crops.first)
+    t, eps, again = (values.to(z_0.device) for values in (torch.where(again > 0, again, t), eps, again > 0))
     t_B111 = t[:, None, None, None]
-    z_t = flow.mix(z_0, eps, t_B111)
+    z_t = flow.mix(torch.where(again[:, None, None, None], condition, z_0), eps, t_B111)
     v = texture_velocity(networks, z_t, t, condition, local, glob, networks.config.sampling.prediction)
-    loss = velocity_loss(v, z_0, eps, t, weights.t_floor)
-    terms = {"texture_velocity": loss.detach(), "texture_pixel": torch.zeros_like(loss.detach())}
-    near = (t <= PIXEL_T).nonzero()[:, 0]
+    clean = flow.predict_clean(z_t, v, t_B111)
+    # Per sample: the batch's loss is the mean over all samples, whichever terms each of them has.
+    loss = z_0.new_zeros(())
+    terms = {name: loss.clone() for name in ("texture_velocity", "texture_latent", "texture_pixel")}
+    if not recipe.renoised_share:
+        del terms["texture_latent"]
+    # The path of a renoised sample doesn't start at z_0, so it has no eq. 5: the latent's distance of eq. 7 instead.
+    flowing, renoised, near = (mask.nonzero()[:, 0] for mask in (~again, again, again | (t <= PIXEL_T)))
+    if len(flowing):
+        part = velocity_loss(v[flowing], z_0[flowing], eps[flowing], t[flowing], weights.t_floor)
+        loss, terms["texture_velocity"] = loss + part * (len(flowing) / len(t)), part.detach()
+    if len(renoised):
+        part = (clean[renoised] - z_0[renoised]).square().mean()
+        loss, terms["texture_latent"] = loss + part * (len(renoised) / len(t)), part.detach()
     if len(near):
-        clean = networks.autoencoder.decode(flow.predict_clean(z_t, v, t_B111)[near])
-        # Per sample: the batch's loss is the mean over all samples, also those whose t is too large for this term.
-        share = len(near) / len(t)
-        pixel = share * pixel_loss(clean, target[near], perceptual, weights.texture_perceptual, weights.pixel_kind)
+        decoded = networks.autoencoder.decode(clean[near])
+        pixel = pixel_loss(decoded, target[near], perceptual, weights.texture_perceptual, weights.pixel_kind)
+        pixel = pixel * (len(near) / len(t))
         loss, terms["texture_pixel"] = loss + pixel, pixel.detach()
-    return loss, terms
+        fake, real = decoded.detach(), target[near]
+        if critic is not None:
+            made = hinge_generator(critic(decoded)) * (len(near) / len(t))
+            loss = loss + (PAPERS_GAN if weights.gan is None else weights.gan) * made
+            terms["texture_gan"] = made.detach()
+    elif recipe.renoised_share:
+        # Every process has pictures for the discriminator in every step: its gradients are averaged over all.
+        fake, real = networks.autoencoder.decode(clean.detach()).detach(), target
+    return Outcome(loss, terms, fake, real)
 
 
 def reconstruction_step(networks: Networks, hq: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

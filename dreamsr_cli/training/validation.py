@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from dreamsr_cli import flow
@@ -27,8 +29,8 @@ def validate(
     networks: Networks, recipe: Recipe, source: Source, perceptual: Perceptual | None, stage: Stage
 ) -> dict[str, float]:
     """Mean PSNR in dB (RGB, peak 1) and perceptual distance of the enlarged input ("cubic") and of stage 1
-    ("removed"), and the mean squared error of the predicted clean latent at fixed times; for stage autoencoder the
-    round trip's PSNR. Called under the run's mixed precision."""
+    ("removed") and of both stages ("textured"), and the mean squared error of the predicted clean latent at fixed
+    times; for stage autoencoder the round trip's PSNR. Called under the run's mixed precision."""
     plan = recipe.data.crops[0]
     settings, sampling = crop_settings(recipe, 0, held_out=True), networks.config.sampling
     figures: dict[str, list[float]] = {}
@@ -67,6 +69,17 @@ def validate(
             z_t = flow.mix(z_0, eps.to(device), t)
             v = texture_velocity(networks, z_t, t_B, condition, local, glob, sampling.prediction)
             add(f"clean_{t}", (flow.predict_clean(z_t, v, t) - z_0).square().mean())
+        if networks.lora is None:
+            continue
+        # Stage 2 as the bundle runs it.
+        z_t = flow.mix(condition, eps.to(device), sampling.t_start)
+        for t, after in pairwise(flow.timesteps(sampling.t_start, sampling.steps)):
+            t_B = z_0.new_full((len(z_0),), t)
+            z_t = z_t + (after - t) * texture_velocity(networks, z_t, t_B, condition, local, glob, sampling.prediction)
+        textured = autoencoder.decode(z_t).clamp(-1, 1)
+        add("textured_psnr", _psnr(textured, hq))
+        if perceptual is not None:
+            add("textured_perceptual", perceptual(textured, hq).mean())
     stream.close()
     return {name: sum(values) / len(values) for name, values in figures.items()}
 
