@@ -157,3 +157,25 @@ def test_flux_latents_are_shifted_and_scaled_as_diffusers_pipeline_does(tiny_flu
         z = autoencoder.encode(picture)
         assert torch.allclose(z, (mode - 0.1159) * 0.3611, atol=1e-6)
         assert torch.allclose(autoencoder.decode(z), vae.decode(mode).sample, atol=1e-4)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("width", "blocks"), [(8, 1), (8, 2), (12, 1), (24, 5)])
+def test_a_grown_refiner_starts_as_the_one_it_grew_from_and_can_learn_with_all_it_has(width, blocks) -> None:
+    old = awake(width=8, blocks=1)
+    grown = old.with_refiner(width, blocks)
+    z = old.encode(pictures(1, 32, 48))
+    assert torch.allclose(grown.decode(z), old.decode(z), atol=1e-6)
+    assert (grown.config["refiner_width"], grown.config["refiner_blocks"]) == (width, blocks)
+    assert grown.refiner.reach == 4 * (2 + 2 * blocks)
+    optimizer = torch.optim.SGD(grown.refiner.parameters(), lr=1e-2)
+    for _ in range(3):  # what is not listened to at first has no gradient yet
+        optimizer.zero_grad()
+        grown.decode(z).square().mean().backward()
+        optimizer.step()
+    assert all(bool(p.grad.any()) for p in grown.refiner.parameters() if p.grad is not None)
+    assert all(p.grad is not None for p in grown.refiner.parameters())
+
+
+def test_a_refiner_does_not_shrink() -> None:
+    with pytest.raises(ValueError, match="8 x 1 can't shrink to 4 x 1"):
+        Refiner(8, 1).grown(4, 1)

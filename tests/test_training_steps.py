@@ -21,6 +21,7 @@ from dreamsr_cli.training.stages import STAGES
 from dreamsr_cli.training.step_crops import blank_some, plan_of_step
 from dreamsr_cli.training.steps import (
     Crops,
+    draw_renoised,
     draw_texture,
     encode_texts,
     reconstruction_step,
@@ -125,6 +126,49 @@ def test_a_correction_of_nothing_gives_the_condition_back(tiny_networks) -> None
         v = texture_velocity(made, z_t, t, z_lq, local, glob, "correction")
     assert (flow.predict_clean(z_t, v, t_B111) - z_lq).abs().max() < 1e-5
     assert (v - flow.velocity_target(z_lq, eps)).abs().max() < 1e-4
+
+
+def test_renoised_samples_begin_as_at_inference_and_aim_at_the_good_picture(tiny_networks) -> None:
+    made = tiny_networks
+    recipe = replace(RECIPE, renoised_share=1.0, renoised_t=(0.1, 0.2))
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    made.dit.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
+    unfreeze(made, STAGES["backbone"].trains)
+    outcome = restoration_step(made, recipe, None, None, crops(step=3))
+    (z_lq, _), (z_t, t_B) = seen
+    local, glob = (encode_texts(made, t) for t in TEXTS)
+    with torch.no_grad():
+        z_dr = remove(made, z_lq, local, glob, SamplingConfig())
+    _, eps = draw_texture(recipe.seed, 3, z_lq.shape, recipe.t_range)
+    assert bool(((t_B >= 0.1) & (t_B < 0.2)).all())
+    assert torch.allclose(z_t, flow.mix(z_dr, eps, t_B[:, None, None, None]), atol=1e-6)
+    assert outcome.terms["texture_velocity"] == 0 and outcome.terms["texture_latent"] > 0
+    assert outcome.terms["texture_pixel"] > 0 and outcome.fake is not None and len(outcome.fake) == 2
+    outcome.loss.backward()
+    assert without_gradient(made.named(("transformer", "controlnet", "refiner"))) == []
+
+
+def test_who_is_renoised_depends_on_seed_step_and_index_alone() -> None:
+    recipe = replace(RECIPE, renoised_share=0.75, renoised_t=(0.05, 0.25))
+    many = torch.cat([draw_renoised(recipe, step, 8) for step in range(80)])
+    assert torch.equal(draw_renoised(recipe, 4, 8)[3:], draw_renoised(recipe, 4, 5, first=3))
+    assert abs(float((many > 0).float().mean()) - 0.75) < 0.06
+    assert float(many[many > 0].min()) >= 0.05 and float(many.max()) < 0.25
+    assert not draw_renoised(RECIPE, 4, 8).any()
+
+
+def test_the_critic_judges_the_pictures_that_inference_ends_in(tiny_networks) -> None:
+    """After stage 2 where samples are renoised, after stage 1 otherwise."""
+
+    def critic(rgb: torch.Tensor) -> torch.Tensor:
+        return rgb.mean((1, 2, 3))
+
+    for share, term in ((0.0, "removal_gan"), (1.0, "texture_gan")):
+        recipe = replace(RECIPE, renoised_share=share, renoised_t=(0.1, 0.2))
+        outcome = restoration_step(tiny_networks, recipe, None, critic, crops())
+        assert {"removal_gan", "texture_gan"} & outcome.terms.keys() == {term}
+        assert outcome.fake is not None
+        assert float(outcome.terms[term]) == pytest.approx(-float(outcome.fake.mean()), abs=1e-6)
 
 
 def test_stage_autoencoder_trains_the_refiner(tiny_networks) -> None:
