@@ -14,6 +14,7 @@ from dreamsr_cli.images import Photo
 from dreamsr_cli.journal import Piece
 from dreamsr_cli.journal_files import RowFile
 from dreamsr_cli.models.autoencoder import STRIDE, Autoencoder
+from dreamsr_cli.overlap import prefetched
 from dreamsr_cli.progress import Progress
 from dreamsr_cli.resample import resize_rows
 from dreamsr_cli.tiling import TileGrid
@@ -37,6 +38,8 @@ class EnlargedPhoto:
 
     def read_padded(self, top: int, bottom: int, padded_width: int) -> np.ndarray:
         """Rows [top, bottom) of the canvas padded right and bottom by reflection."""
+        if bottom <= self.height and padded_width == self.width:
+            return self.read_rows(top, bottom)
         rows = reflected(np.arange(top, bottom), self.height)
         first = int(rows.min())
         strip = self.read_rows(first, int(rows.max()) + 1)[rows - first]
@@ -79,11 +82,15 @@ def encode(
     halo = 0 if autoencoder.exact else autoencoder.halo
     progress.phase("encode", -(-height // STRIP))
     progress.advance(piece.rows_done * STRIDE // STRIP)
-    for top in range(piece.rows_done * STRIDE, height, STRIP):
-        bottom = min(top + STRIP, height)
-        first, last = max(0, top - halo), min(height, bottom + halo)
-        rgb_PQC = enlarged.read_padded(first, last, width)
-        rgb_BCPQ = torch.from_numpy(np.ascontiguousarray(rgb_PQC.transpose(2, 0, 1)))[None].to(device) * 2 - 1
+    tops = range(piece.rows_done * STRIDE, height, STRIP)
+
+    def read(top: int) -> np.ndarray:
+        rgb_PQC = enlarged.read_padded(max(0, top - halo), min(height, top + STRIP + halo), width)
+        return np.ascontiguousarray(rgb_PQC.transpose(2, 0, 1))
+
+    for top, rgb_CPQ in zip(tops, prefetched(read, tops), strict=True):
+        bottom, first = min(top + STRIP, height), max(0, top - halo)
+        rgb_BCPQ = torch.from_numpy(rgb_CPQ)[None].to(device) * 2 - 1
         z_CHW = autoencoder.encode(rgb_BCPQ)[0].cpu().numpy()
         piece.append(z_CHW[:, (top - first) // STRIDE : (bottom - first) // STRIDE])
         progress.advance()

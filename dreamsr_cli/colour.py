@@ -97,6 +97,15 @@ def fix_strips(
     return (result(top, bottom) for top, bottom in _strips(height, strip_rows, start))
 
 
+def reads(method: str, height: int, strip_rows: int, start: int = 0) -> Iterator[tuple[int, int]]:
+    """Rows [top, bottom) of the result that `fix_strips` asks for, in its order."""
+    if method == "adain":
+        yield from _strips(height, strip_rows)
+    halo = HALO if method == "wavelet" else 0
+    for top, bottom in _strips(height, strip_rows, start):
+        yield max(0, top - halo), min(height, bottom + halo)
+
+
 def _strips(height: int, strip_rows: int, start: int = 0) -> Iterator[tuple[int, int]]:
     for top in range(start, height, strip_rows):
         yield top, min(top + strip_rows, height)

@@ -3,76 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 
-from dreamsr_cli import __version__
 from dreamsr_cli.backoff import WorkPlan, place_weights, settle, smaller_tile
 from dreamsr_cli.bundle_sizes import read_sizes
 from dreamsr_cli.canvas import STRIP, DecodedCanvas, EnlargedPhoto, encode
-from dreamsr_cli.colour import fix_strips
-from dreamsr_cli.config import OutputConfig, UpscaleConfig, to_dict
-from dreamsr_cli.device import PRECISIONS, choose_device, choose_dtype, dtype_name
+from dreamsr_cli.captioning import WEIGHTLESS, Captioner
+from dreamsr_cli.colour import fix_strips, reads
+from dreamsr_cli.config import CaptionConfig, OutputConfig, UpscaleConfig
+from dreamsr_cli.device import choose_device, choose_dtype, dtype_name
 from dreamsr_cli.errors import DeviceError
-from dreamsr_cli.images import Photo, open_photo
-from dreamsr_cli.journal import Journal, journal_folder
+from dreamsr_cli.images import PhotoInfo, read_info
+from dreamsr_cli.journal import Journal
 from dreamsr_cli.journal_files import RowFile
 from dreamsr_cli.machine import describe_machine
-from dreamsr_cli.models.autoencoder import STRIDE
 from dreamsr_cli.models.bundle import Bundle
+from dreamsr_cli.models.open_parts import RESTORER, TEXT_ENCODER, OpenParts
 from dreamsr_cli.models.quantization import MemoryMode, cannot_run
-from dreamsr_cli.photo_writer import PhotoWriter, check_canvas
+from dreamsr_cli.overlap import beside
+from dreamsr_cli.photo_job import Order, PhotoJob, UpscaleResult, read_photo
+from dreamsr_cli.photo_writer import PhotoWriter
+from dreamsr_cli.planning import Plan
 from dreamsr_cli.planning import plan as plan_work
-from dreamsr_cli.planning import record_efficiency
-from dreamsr_cli.progress import Progress
-from dreamsr_cli.prompts import PromptPlan, photo_id
-from dreamsr_cli.prompts_file import write_prompts
-from dreamsr_cli.prompts_in_use import give_prompts, make_prompts, place_to_save
+from dreamsr_cli.progress import Progress, SilentProgress
+from dreamsr_cli.residency import decide_residency, fits_beside
 from dreamsr_cli.sampler import CONTROL_BYTES, ENCODE, PIXELS, REMOVE, Sampler, Texts, texture_name
 from dreamsr_cli.settings import Settings, check_settings
-from dreamsr_cli.tiling import TileGrid
+from dreamsr_cli.texts_ahead import TEXT_BYTES, TextsAhead, texts_of, waiting_bytes
 from dreamsr_cli.workload import Limits
 
-CAPTIONS_FILE = "captions.jsonl"
-"""In the journal: what the captioner has said so far."""
-
-
-@dataclass(frozen=True)
-class UpscaleResult:
-    """What was made, and everything needed to make it again."""
-
-    input: Path
-    output: Path
-    source_width: int
-    source_height: int
-    width: int
-    height: int
-    tiles: int
-    settings: Settings
-    model: str
-    bundle_sha256: str
-    global_prompt: str
-    prompts: Path | None
-    saved_prompts: Path | None
-    notes: tuple[str, ...]
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """One flat JSON object; sizes in pixels, `scale` the factor reached."""
-        plain = to_dict(self)
-        settings = plain.pop("settings")
-        for name in ("long_side", "short_side", "prompt"):
-            settings.pop(name)
-        settings["scale"] = round(self.width / self.source_width, 4)
-        plain["seconds"] = round(self.seconds, 3)
-        return {**plain, **settings, "version": __version__}
+__all__ = ["Engine", "Order", "Settings", "UpscaleResult", "check_settings", "upscale"]
 
 
 def upscale(
@@ -86,142 +53,216 @@ def upscale(
 ) -> UpscaleResult:
     """Restore `photo_path` at a larger size and write `out_path`, whole or not at all.
 
-    The calls in order are the method. Work lies in a journal beside the output: the same call goes on where a killed
-    one stopped. `prompts` is a file with this photo's prompts, which the captioner then doesn't make. Raises
-    `UsageError` for settings that make no sense with this bundle, `InputError`, `OutputError`, `JournalError`,
-    `WeightsError`, `DeviceError`.
+    Work lies in a journal beside the output: the same call goes on where a killed one stopped. `prompts` is a file with
+    this photo's prompts, which the captioner then doesn't make. Raises `UsageError` for settings that make no sense
+    with this bundle, `InputError`, `OutputError`, `JournalError`, `WeightsError`, `DeviceError`.
     """
-    began = time.monotonic()
-    settings = check_settings(config, bundle)
-    device = choose_device(settings.device)
-    dtype = choose_dtype(settings.precision, device)
-    settings = dataclasses.replace(settings, device=str(device), precision=dtype_name(dtype))
+    order = Order(photo_path, out_path, prompts)
+    with Engine(bundle, config, output) as engine, engine.read(order, progress) as job:
+        engine.compute(job, progress)
+        return job.write()
 
-    with open_photo(photo_path, out_path.parent, output.max_pixels) as photo:
-        info = photo.info
-        work = plan_work(
-            photo_path,
-            info,
-            out_path,
-            settings,
-            output,
-            read_sizes(bundle.config, bundle.part_folder),
-            describe_machine(device, settings.precision, measure=False),
-            Limits(STRIP, CONTROL_BYTES),
+
+class Engine:
+    """One bundle and one set of settings for one photo after another; a context manager.
+
+    Networks stay open between photos where memory allows (`residency`); that changes no byte of a result.
+    """
+
+    def __init__(
+        self, bundle: Bundle, config: UpscaleConfig, output: OutputConfig, photos: int = 1, memory: str | None = None
+    ) -> None:
+        """`photos`: about how many will come; `memory`: bytes to stay within ("24GB") where the settings name none.
+
+        Raises `UsageError` for settings that make no sense with this bundle, `DeviceError`, `WeightsError`.
+        """
+        settings = check_settings(config, bundle)
+        self.device = choose_device(settings.device)
+        dtype = choose_dtype(settings.precision, self.device)
+        self.settings = dataclasses.replace(settings, device=str(self.device), precision=dtype_name(dtype))
+        self.bundle, self.output = bundle, output
+        self._sizes = read_sizes(bundle.config, bundle.part_folder)
+        self._threads = torch.get_num_threads()
+        self._limits = Limits(STRIP, CONTROL_BYTES)
+        machine = describe_machine(self.device, self.settings.precision, measure=False)
+        self._free_before = machine.memory
+        mode = MemoryMode(settings.quantize, settings.offload)
+        self.residency = decide_residency(
+            self._sizes,
+            mode,
+            machine,
+            settings.tile,
+            settings.tile_batch,
+            self._limits,
+            photos,
+            config.memory or memory,
         )
-        width, height, grid, format = work.width, work.height, work.grid, work.format
-        check_canvas(photo_path, width, height, max_pixels=output.max_pixels, format=format)
-        identity = photo_id(photo_path, photo.sha256, info)
-        given = give_prompts(prompts, photo_path, identity, grid, width, height, settings)
-        saved = place_to_save(photo_path, out_path, output)
-        notes = [*photo.notes, *given.notes]
-        for note in given.notes:
-            progress.note(f"{photo_path.name}: {note}")
-        make_writer = partial(
-            PhotoWriter,
-            out_path,
-            info,
-            width,
-            height,
-            format,
-            output.quality,
-            bit_depth=output.bit_depth,
-            strip_metadata=output.strip_metadata,
-        )
-        enlarged = EnlargedPhoto(photo, width, height)
-        shape = (bundle.config.latent.channels, grid.canvas_height // STRIDE, grid.canvas_width // STRIDE)
-        with Journal(
-            journal_folder(out_path),
-            {**_fingerprint(photo, settings, bundle, output, format, device), "prompts": given.sha256},
-            work.disk["total"],
-            restart=output.restart,
-            keep=output.resume,
-        ) as journal:
-            if journal.resumed:
-                progress.note(f"{out_path.name}: going on where the last run stopped")
+        self.parts = OpenParts(bundle, self.device, dtype, mode, self.residency.keep)
+        self.ahead = TextsAhead()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.parts.close()
+
+    # ---------------------------------------------------------------- one photo in three turns
+
+    def read(self, order: Order, progress: Progress) -> PhotoJob:
+        """Decode, plan and describe a photo; the job is the caller's to compute and write, or to leave.
+
+        Raises `InputError`, `OutputError`, `JournalError`, `UsageError`; for captioners `WeightsError`, `DeviceError`.
+        """
+        ready = self.ahead.plans.get(order.out)
+        if ready is None and self._captions:
+            self.parts.close()  # the captioner needs their room
+        job = self._open(order, progress)
+        with ExitStack() as guard:
+            guard.push(job)
             progress.phase("describe", 1)
-            make = partial(make_prompts, photo, grid, width, height, given, settings, device)
-            plan = _prompts(journal, make, progress)
+            job.describe(self.device, progress, None, ready)
+            progress.advance()
+            guard.pop_all()
+        return job
+
+    def read_ahead(self, order: Order, present: Plan, progress: Progress) -> PhotoJob | None:
+        """`read` while another photo, planned as `present`, is computed; None where this one has to wait for its
+        turn. For another thread."""
+        if self._captions and order.out not in self.ahead.plans:
+            return None
+        info = read_info(order.photo)
+        if not fits_beside(present, self._plan(order, info), info, self._free_before):
+            return None
+        return self.read(order, progress)
+
+    def compute(self, job: PhotoJob, progress: Progress) -> None:
+        """All work of the networks, up to the last row of the result. Raises `WeightsError`, `DeviceError`,
+        `OutputError`."""
+        with job.timed():
             try:
-                z_0 = _restore(enlarged, plan, grid, shape, settings, bundle, journal, output.backoff, progress, notes)
+                self._compute(job, progress)
             except torch.OutOfMemoryError as error:
-                hint = f"use --tile-batch 1, or --tile {smaller_tile(grid.tile_width)} with --restart"
-                raise DeviceError(f"{photo_path}: out of memory on {device}", hint) from error
-            settings = dataclasses.replace(settings, tile_batch=journal.tile_batch(settings.tile_batch))
-            _release(device)
-            decoded = DecodedCanvas(z_0, width, bundle.open_autoencoder(device, dtype), device, progress)
-            rows_done, made_by = journal.progress(PIXELS), _made_by(settings, bundle, plan)
-            with make_writer(raw=journal.pixels, rows_done=rows_done, made_by=made_by) as writer:
-                _write(enlarged, decoded, writer, settings.color_fix, journal)
-            if saved is not None:
-                write_prompts(saved, plan)
-        notes += writer.notes
-    for note in (*photo.notes, *writer.notes):
-        progress.note(f"{photo_path.name}: {note}")
-    seconds = time.monotonic() - began
-    if not journal.resumed:
-        record_efficiency(work, seconds)
-    return UpscaleResult(
-        input=photo_path,
-        output=out_path,
-        source_width=info.width,
-        source_height=info.height,
-        width=width,
-        height=height,
-        tiles=len(grid.tiles),
-        settings=settings,
-        model=bundle.config.name,
-        bundle_sha256=bundle.sha256,
-        global_prompt=plan.global_text,
-        prompts=prompts,
-        saved_prompts=saved,
-        notes=tuple(notes),
-        seconds=seconds,
-    )
+                if not self.parts.make_room():
+                    raise self._too_small(job) from error
+            else:
+                return
+            progress.note(f"out of memory on {self.device}: from now on networks are opened one after the other")
+            try:
+                self._compute(job, progress)
+            except torch.OutOfMemoryError as error:
+                raise self._too_small(job) from error
 
+    def _compute(self, job: PhotoJob, progress: Progress) -> None:
+        z_0 = _restore(job, self.parts, self._texts, progress)
+        self.parts.release()
+        decoded = DecodedCanvas(z_0, job.work.width, self.parts.autoencoder(), self.device, progress)
+        _write(job.enlarged, decoded, job.open_writer(), self.settings.color_fix, job.journal)
+        del decoded
+        self.parts.release()
+        job.photo.close()
+        for note in job.late_notes:
+            progress.note(f"{job.order.photo.name}: {note}")
 
-def _prompts(journal: Journal, make: Callable[[Path, Progress], PromptPlan], progress: Progress) -> PromptPlan:
-    """The photo's texts: the journal's, or those that `make` makes. Captions made before an error are worth keeping."""
-    captions = journal.folder / CAPTIONS_FILE
-    try:
-        return PromptPlan.from_json(journal.text(lambda: make(captions, progress).to_json()))
-    finally:
-        if captions.exists():
-            journal.worked()
+    # ---------------------------------------------------------------- texts of many photos
+
+    @property
+    def wants_preparing(self) -> bool:
+        """Whether the texts of several photos should be made together, before the first of them is computed."""
+        return self._captions or TEXT_ENCODER not in self.residency.keep
+
+    def prepare(self, orders: Sequence[Order], progress: Progress) -> int:
+        """Describe and embed the texts of the next photos, until `TEXT_BYTES`; how many orders were looked at.
+
+        What is wrong with a photo is left to its own turn. Captions are kept in the photos' journals.
+        """
+        self.parts.close()
+        self.ahead.clear()
+        looked_at, most = 0, self.bundle.config.defaults.max_text_tokens
+        progress.phase("describe", len(orders))
+        with Captioner(self.settings.captioner, CaptionConfig(), self.device) as captioner:
+            for order in orders:
+                looked_at += 1
+                with suppress(Exception), self._open(order, SilentProgress()) as job:
+                    job.describe(self.device, progress, captioner, None)
+                    self.ahead.plans[order.out] = job.plan
+                progress.advance()
+                width, itemsize = self._sizes.text.width, self.parts.dtype.itemsize
+                if waiting_bytes(self.ahead.texts(), most, width, itemsize) > TEXT_BYTES:
+                    break
+        if self.ahead.plans and TEXT_ENCODER not in self.residency.keep:
+            self.ahead.embed(self.parts.text_encoder(), most)
+            self.parts.release()
+        return looked_at
+
+    def _texts(self, job: PhotoJob, progress: Progress) -> tuple[Texts, bool]:
+        """Embeddings of the global and of every local prompt, and whether padding is masked. What was cut is noted."""
+        plan, most = job.plan, self.bundle.config.defaults.max_text_tokens
+        found, mask_pads = self.ahead.find(texts_of(plan)), self.ahead.masks_pads
+        if found is None:
+            encoder = self.parts.text_encoder()
+            found, mask_pads = encoder.encode(texts_of(plan), most), not encoder.pads_are_seen
+            del encoder
+            self.parts.release()
+        embeddings, cut = found
+        for index in cut:
+            box = list(plan.tiles[index - 1].box) if index else None
+            which = f"the prompt of tile {index - 1}, {box}," if index else "the global prompt"
+            job.notes.append(f"{which} is longer than {most} tokens and was cut")
+            progress.note(job.notes[-1])
+        local_to_both = self.settings.prompt_mode == "local"
+        return Texts(embeddings[0], embeddings[1:], local_to_both, most), mask_pads
+
+    @property
+    def _captions(self) -> bool:
+        """Whether a network writes the captions."""
+        return self.settings.captioner not in WEIGHTLESS
+
+    def _open(self, order: Order, progress: Progress) -> PhotoJob:
+        return read_photo(
+            order,
+            lambda photo: self._plan(order, photo.info),
+            self.settings,
+            self.bundle,
+            self.output,
+            self._threads,
+            progress,
+        )
+
+    def _plan(self, order: Order, info: PhotoInfo) -> Plan:
+        machine = describe_machine(self.device, self.settings.precision, measure=False)
+        return plan_work(order.photo, info, order.out, self.settings, self.output, self._sizes, machine, self._limits)
+
+    def _too_small(self, job: PhotoJob) -> DeviceError:
+        hint = f"use --tile-batch 1, or --tile {smaller_tile(job.grid.tile_width)} with --restart"
+        return DeviceError(f"{job.order.photo}: out of memory on {self.device}", hint)
 
 
 def _restore(
-    enlarged: EnlargedPhoto,
-    plan: PromptPlan,
-    grid: TileGrid,
-    shape: tuple[int, int, int],
-    settings: Settings,
-    bundle: Bundle,
-    journal: Journal,
-    backoff: bool,
+    job: PhotoJob,
+    parts: OpenParts,
+    embed: Callable[[PhotoJob, Progress], tuple[Texts, bool]],
     progress: Progress,
-    notes: list[str],
 ) -> RowFile:
-    """z_0 of the canvas: encode, remove, renoise, texture. Each network is opened, used and freed in its turn."""
-    device, dtype = torch.device(settings.device), PRECISIONS[settings.precision]
+    """z_0 of the canvas: encode, remove, renoise, texture. Each network is opened for its turn, and freed after it
+    unless all fit."""
+    settings, journal, grid, shape = job.settings, job.journal, job.grid, job.shape
+    device, backoff = parts.device, job.output.backoff
     last = texture_name(settings.steps) if settings.strength > 0 else "z_dr"
     if journal.has(last):
         return journal.piece(last, settings.steps, shape).file
-    local_to_both = settings.prompt_mode == "local"
-    mode = MemoryMode(settings.quantize, settings.offload)
-    texts, mask_pads = _embed(plan, local_to_both, bundle, device, dtype, mode, progress, notes)
+    texts, mask_pads = embed(job, progress)
 
     encoded = "z_lq" if settings.removal else "z_dr"
     if not journal.has("z_dr"):
-        autoencoder = bundle.open_autoencoder(device, dtype)
-        encode(enlarged, grid, autoencoder, journal.piece(encoded, ENCODE, shape), device, progress)
-        del autoencoder
-        _release(device)
+        encode(job.enlarged, grid, parts.autoencoder(), journal.piece(encoded, ENCODE, shape), device, progress)
+        parts.release()
     if journal.has(last):
         return journal.piece(last, ENCODE, shape).file
 
-    restorer = bundle.open_restorer(device, dtype, mask_pads, mode, False)
-    sampling, control = bundle.config.sampling, bundle.config.control
+    restorer = parts.restorer(mask_pads)
+    sampling, control = job.bundle.config.sampling, job.bundle.config.control
 
     def make_sampler(work: WorkPlan) -> Sampler:
         restorer.place(work.offload)
@@ -232,6 +273,11 @@ def _restore(
         if device.type == "cpu":
             return start.to_json()
         movable = not cannot_run(MemoryMode(settings.quantize, "block"), device.type)
+        # What is open from other phases must not decide the batch, and so the bytes.
+        with suppress(torch.OutOfMemoryError):
+            make_sampler(start).probe()
+            return start.to_json()
+        parts.make_room(but=RESTORER)
         start = place_weights(restorer, start, movable and backoff, progress)
 
         def attempt(work: WorkPlan) -> None:
@@ -255,74 +301,18 @@ def _restore(
 def _write(
     enlarged: EnlargedPhoto, decoded: DecodedCanvas, writer: PhotoWriter, color_fix: str, journal: Journal
 ) -> None:
-    """Decode, fix colours and hand to the writer, strip by strip, from the first strip that isn't in the journal."""
-    top = journal.progress(PIXELS)
-    for strip in fix_strips(
-        color_fix, enlarged.height, enlarged.width, decoded.read_rows, enlarged.read_rows, STRIP, top
-    ):
-        writer.write_strip(strip, enlarged.read_alpha(top, top + len(strip)))
-        top += len(strip)
-        journal.set_progress(PIXELS, top)
-        journal.sync_sometimes(writer)
+    """Decode, fix colours and hand to the writer, strip by strip, from the first strip that isn't in the journal. One
+    strip is fixed and written while the next is decoded."""
+    start, height, width = journal.progress(PIXELS), enlarged.height, enlarged.width
 
+    def fix(take: Callable[[tuple[int, int]], np.ndarray]) -> None:
+        top = start
+        for strip in fix_strips(
+            color_fix, height, width, lambda first, last: take((first, last)), enlarged.read_rows, STRIP, start
+        ):
+            writer.write_strip(strip, enlarged.read_alpha(top, top + len(strip)))
+            top += len(strip)
+            journal.set_progress(PIXELS, top)
+            journal.sync_sometimes(writer)
 
-def _fingerprint(
-    photo: Photo, settings: Settings, bundle: Bundle, output: OutputConfig, format: str, device: torch.device
-) -> dict[str, Any]:
-    """What decides the result's bytes, one by one (docs/decisions.md, Sameness)."""
-    return {
-        "input_sha256": photo.sha256,
-        **{name: value for name, value in to_dict(settings).items() if name != "memory"},
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "bundle_sha256": bundle.sha256,
-        "format": format,
-        "quality": output.quality,
-        "bit_depth": output.bit_depth,
-        "strip_metadata": output.strip_metadata,
-        "torch": torch.__version__,
-        "dreamsr": __version__,
-    }
-
-
-def _made_by(settings: Settings, bundle: Bundle, plan: PromptPlan) -> dict[str, Any]:
-    """What is recorded in the result: settings, model and version, and no path of the user's."""
-    chosen = {k: v for k, v in to_dict(settings).items() if v not in (None, [])}
-    chosen["captioner"] = Path(settings.captioner).name  # it may be a folder
-    return {
-        "dreamsr": __version__,
-        "model": bundle.config.name,
-        "bundle_sha256": bundle.sha256,
-        "global_prompt": plan.global_text,
-        **chosen,
-    }
-
-
-def _embed(
-    plan: PromptPlan,
-    local_to_both: bool,
-    bundle: Bundle,
-    device: torch.device,
-    dtype: torch.dtype,
-    mode: MemoryMode,
-    progress: Progress,
-    notes: list[str],
-) -> tuple[Texts, bool]:
-    """Embeddings of the global and of every local prompt, and whether padding is masked. The encoder is freed; what
-    was cut is added to `notes`."""
-    encoder = bundle.open_text_encoder(device, dtype, mode)
-    local = [tile.text for tile in plan.tiles]
-    most = bundle.config.defaults.max_text_tokens
-    embeddings, cut = encoder.encode([plan.global_text, *local], most)
-    for index in cut:
-        which = f"the prompt of tile {index - 1}, {list(plan.tiles[index - 1].box)}," if index else "the global prompt"
-        notes.append(f"{which} is longer than {most} tokens and was cut")
-        progress.note(notes[-1])
-    progress.advance()
-    return Texts(embeddings[0], embeddings[1:], local_to_both, most), not encoder.pads_are_seen
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    beside(((rows, decoded.read_rows(*rows)) for rows in reads(color_fix, height, STRIP, start)), fix)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ PROMPTS_FILE, PLAN_FILE, PIXELS_FILE = "prompts.json", "plan.json", "pixels.raw"
 SYNC_SECONDS = 30.0
 """A power cut costs at most this much work; a kill costs none (the page cache survives it)."""
 _PROGRESS = struct.Struct("<qqI")
+_private = itertools.count()
 _SYNCED_AT = 32
 """Where `progress.bin` holds the last progress that is surely on the disk, for after a power cut."""
 
@@ -93,7 +95,8 @@ class Journal:
         finds. Raises `JournalError` if another process holds it or it belongs to another job, `OutputError` if the
         disk has no room.
         """
-        self.folder = folder if keep else folder.with_name(f".{os.getpid()}{folder.suffix}")
+        # Of its own for each result: several may be in work.
+        self.folder = folder if keep else folder.with_name(f".{os.getpid()}-{next(_private)}{folder.suffix}")
         self._keep, self._worked, self._last_sync = keep, False, time.monotonic()
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)

@@ -39,3 +39,18 @@ class SilentProgress:
 
     def note(self, text: str) -> None:
         pass
+
+
+class NotedProgress(SilentProgress):
+    """Keeps the notes of work in the background until its turn to be told comes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def tell(self, progress: Progress) -> None:
+        """Hand the notes on, once."""
+        while self.notes:
+            progress.note(self.notes.pop(0))

@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from dreamsr_cli.captioning import plan_prompts
+from dreamsr_cli.captioning import Captioner
 from dreamsr_cli.config import CaptionConfig, OutputConfig
 from dreamsr_cli.errors import OutputError
 from dreamsr_cli.images import Photo
@@ -77,28 +78,20 @@ def make_prompts(
     device: torch.device,
     resume_file: Path,
     progress: Progress,
+    captioner: Captioner | None = None,
 ) -> PromptPlan:
     """The texts of a run, one for each tile, with the captioner's where nothing else was given.
 
-    `resume_file` is where the captioner keeps what it has said so far. Raises `WeightsError`, `DeviceError`.
+    `captioner` is one that is open already; None: it is opened and freed here. `resume_file` is where it keeps what it
+    has said so far. Raises `WeightsError`, `DeviceError`.
     """
     whole = settings.prompt_mode == "global"
     plan = given.plan
     if plan is None:
         # In mode "global" no tile needs a caption of its own.
         described = make_grid(height, width, 0, 0) if whole else grid
-        plan = plan_prompts(
-            photo,
-            described,
-            width,
-            height,
-            settings.captioner,
-            CaptionConfig(),
-            device,
-            given.global_text,
-            resume_file,
-            progress,
-        )
+        with nullcontext(captioner) if captioner else Captioner(settings.captioner, CaptionConfig(), device) as opened:
+            plan = opened.plan(photo, described, width, height, given.global_text, resume_file, progress)
     else:
         plan = with_texts(plan, given.global_text, {})
     return spread(plan, grid) if whole else with_texts(plan, None, given.tile_texts)

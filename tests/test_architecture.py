@@ -44,6 +44,7 @@ LAYERS = (
         "bundle_sizes",
         "json_lines",
         "worker_pool",
+        "overlap",
     ),
     ("models",),
     (
@@ -55,11 +56,14 @@ LAYERS = (
         "tile_likeness",
         "canvas",
         "sampler",
+        "texts_ahead",
         "degradations",
         "losses",
     ),
     (
         "engine",
+        "photo_job",
+        "residency",
         "settings",
         "memory_plan",
         "memory_choice",
@@ -93,6 +97,8 @@ NO_TORCH = (
     "memory_plan",
     "run_weights",
     "bundle_state",
+    "overlap",
+    "residency",
     "cli",
     "__main__",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import Annotated, NoReturn
 
@@ -13,6 +14,7 @@ from dreamsr_cli.cli import caption, degrade, doctor, fetch_weights, train, upsc
 from dreamsr_cli.cli import eval as evaluate
 from dreamsr_cli.cli.console import explain, report, stop_on_signals
 from dreamsr_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, DreamSRError, UsageError
+from dreamsr_cli.overlap import threads_left
 
 app = typer.Typer(
     name="dreamsr",
@@ -74,4 +76,10 @@ def main() -> NoReturn:
     # A file name may hold bytes that are no text; it is printed back as those bytes.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if threads_left():
+        # An interruption doesn't wait for a large photo being read or written; its journal holds all that is needed.
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -27,6 +27,10 @@ class Display(Progress, Protocol):
         """Inside the `with`, progress belongs to the photo `label`; no bar is left on the screen after it."""
         ...
 
+    def aside(self) -> AbstractContextManager[None]:
+        """Inside the `with`, the screen is free for lines about other photos."""
+        ...
+
 
 def make_display(quiet: bool) -> Display:
     """Nothing with `quiet`; else a bar if stderr is a terminal, plain lines without control codes if it isn't."""
@@ -73,6 +77,9 @@ class QuietDisplay(SilentProgress):
     def photo(self, label: str) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def aside(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
 
 class PlainDisplay:
     """One line per phase, for logs and pipes."""
@@ -88,6 +95,9 @@ class PlainDisplay:
             yield
         finally:
             self._label = ""
+
+    def aside(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def phase(self, name: str, total: int) -> None:
         stop_if_asked()
@@ -135,6 +145,17 @@ class BarDisplay:
                 yield
             finally:
                 self._bar = self._task = None
+
+    @contextmanager
+    def aside(self) -> Generator[None]:
+        bar = self._bar
+        if bar is not None:
+            bar.stop()
+        try:
+            yield
+        finally:
+            if bar is not None:
+                bar.start()
 
     def phase(self, name: str, total: int) -> None:
         stop_if_asked()

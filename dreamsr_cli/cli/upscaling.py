@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class Upscaling(PhotoBatch):
-    """One run of the command: finds, plans, calls the engine photo by photo, tells and counts."""
+    """One run of the command: finds, plans, sends the photos through one engine, tells and counts."""
 
     def __init__(
         self, inputs: list[str], options: UpscaleOptions, as_json: bool, display: Display, dry_run: bool = False
@@ -78,13 +78,16 @@ class Upscaling(PhotoBatch):
         self.total = len(plan)
         jobs = sum(isinstance(entry, Job) for entry in plan)
         self.prompt_paths = PromptPaths(self.options.run, jobs)
+        if planner is None:
+            self._upscale(plan, bundle, output, jobs)
+            return
         for number, entry in enumerate(plan, start=1):
             stop_if_asked()
             if isinstance(entry, Found):
                 self._tell(entry, entry.problem)
                 continue
             with self.display.photo(f"[{number}/{self.total}] {entry.source.name}"):
-                outcome = self._plan(entry, planner, settings) if planner else self._upscale(entry, bundle, output)
+                outcome = self._plan(entry, planner, settings)
             self._tell(entry, outcome)
 
     def _output(self, is_file: bool) -> OutputConfig:
@@ -112,22 +115,24 @@ class Upscaling(PhotoBatch):
 
         return factor
 
-    def _upscale(self, job: Job, bundle: Bundle, output: OutputConfig) -> dict[str, Any] | DreamSRError:
-        from dreamsr_cli.engine import upscale
+    def _upscale(self, plan: list[Job | Found], bundle: Bundle, output: OutputConfig, photos: int) -> None:
+        from dreamsr_cli.cli.photo_line import PhotoLine
+        from dreamsr_cli.engine import Engine, Order
 
-        try:
+        def order_of(job: Job, progress: Progress) -> Order | dict[str, Any]:
             if not prepare_target(job, output.overwrite, output.skip_existing):
                 return {"input": str(job.source), "output": str(job.target), "skipped": True}
-            prompts = self._prompts_of(job)
-            config = self.options.config
-            result = upscale(job.source, job.target, bundle, config, output, self.display, prompts)
-            return {**result.to_json(), **(self._report(result, output) if output.report else {})}
-        except UsageError:
-            raise  # it would be wrong for every photo
-        except Exception as error:
-            return explain(error, f"upscaling {job.source}")
+            return Order(job.source, job.target, self._prompts_of(job, progress))
 
-    def _report(self, result: UpscaleResult, output: OutputConfig) -> dict[str, Any]:
+        def finish(result: UpscaleResult, progress: Progress) -> dict[str, Any]:
+            return {**result.to_json(), **(self._report(result, output, progress) if output.report else {})}
+
+        with Engine(bundle, self.options.config, output, photos) as engine:
+            if engine.residency.sentence is not None:
+                self.display.note(engine.residency.sentence)
+            PhotoLine(engine, plan, order_of, finish, self.display, self._tell).run()
+
+    def _report(self, result: UpscaleResult, output: OutputConfig, progress: Progress) -> dict[str, Any]:
         """Write the page beside the result; its path and figures."""
         from dreamsr_cli.evaluation.fidelity import fidelity_report
         from dreamsr_cli.evaluation.fidelity_page import write_fidelity_page
@@ -135,7 +140,7 @@ class Upscaling(PhotoBatch):
 
         size = (result.width, result.height)
         grid = make_grid(result.height, result.width, result.settings.tile, result.settings.overlap)
-        found = fidelity_report(result.input, result.output, grid, size, self.display, output.max_pixels)
+        found = fidelity_report(result.input, result.output, grid, size, progress, output.max_pixels)
         page = result.output.with_name(result.output.name + ".report.html")
         write_fidelity_page(found, page)
         return {"report": str(page), "fidelity": found.to_json()}
@@ -148,10 +153,10 @@ class Upscaling(PhotoBatch):
         except Exception as error:
             return explain(error, f"planning {job.source}")
 
-    def _prompts_of(self, job: Job) -> Path | None:
+    def _prompts_of(self, job: Job, progress: Progress) -> Path | None:
         path = self.prompt_paths.of(job)
         if path is None and self.options.run.prompt_dir:
-            self.display.note(f"{job.source.name}: no prompts in {self.options.run.prompt_dir}, it is described")
+            progress.note(f"{job.source.name}: no prompts in {self.options.run.prompt_dir}, it is described")
         return path
 
     def _plan_prompts(self, job: Job, settings: Settings) -> dict[str, Any]:
@@ -162,7 +167,7 @@ class Upscaling(PhotoBatch):
         from dreamsr_cli.prompts_in_use import give_prompts
         from dreamsr_cli.tiling import make_grid
 
-        path, info = self._prompts_of(job), read_info(job.source)
+        path, info = self._prompts_of(job, self.display), read_info(job.source)
         width, height = target_size(job.source, info, settings)
         grid = make_grid(height, width, settings.tile, settings.overlap)
         photo = photo_id(job.source, file_sha256(job.source), info)

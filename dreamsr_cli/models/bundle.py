@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -46,6 +47,8 @@ class Bundle:
 
     def __init__(self, folder: Path, config: BundleConfig) -> None:
         self.folder, self.config = folder, config
+        self.opened: Counter[str] = Counter()
+        """How often the text encoder, the autoencoder and the restorer were loaded."""
         self._sha256: str | None = None
         self._located: dict[str, Path] = {}
 
@@ -115,6 +118,7 @@ class Bundle:
 
     def open_autoencoder(self, device: torch.device, dtype: torch.dtype) -> Autoencoder:
         """The autoencoder in evaluation mode; the built-in one keeps its transform in float32."""
+        self.opened["autoencoder"] += 1
         folder = self.part_folder("vae")
         if class_name(folder) == "PatchAutoencoder":
             autoencoder = load_part(PatchAutoencoder, folder, torch.float32).to(device)
@@ -124,6 +128,7 @@ class Bundle:
 
     def open_text_encoder(self, device: torch.device, dtype: torch.dtype, mode: MemoryMode = PLAIN) -> TextEncoder:
         """The text encoder in evaluation mode; `mode` concerns T5, the built-in encoder is small."""
+        self.opened["text_encoder"] += 1
         folder = self.part_folder("text_encoder")
         if (folder / "config.json").is_file() and class_name(folder) == "ByteTextEncoder":
             return load_part(ByteTextEncoder, folder, torch.float32).to(device)
@@ -167,6 +172,7 @@ class Bundle:
         """Transformer, ControlNet, cross-attention and LoRA in evaluation mode. `mask_pads`: see
         `TextEncoder.pads_are_seen`; `mode`: what the transformer's weights are kept in, and what waits in RAM. Without
         `place` the networks stay where they were loaded until `Restorer.place` is called."""
+        self.opened["restorer"] += 1
         control, parts = self.config.control, self.config.parts
         transformer = load_part(FluxTransformer2DModel, self.part_folder("transformer"), dtype, mode.quantize)
         controlnet = self._open_controlnet(dtype)
