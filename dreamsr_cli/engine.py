@@ -37,6 +37,7 @@ from dreamsr_cli.prompts_file import write_prompts
 from dreamsr_cli.prompts_in_use import give_prompts, make_prompts, place_to_save
 from dreamsr_cli.sampler import CONTROL_BYTES, ENCODE, PIXELS, REMOVE, Sampler, Texts, texture_name
 from dreamsr_cli.settings import Settings, check_settings
+from dreamsr_cli.tile_choice import settle_tile
 from dreamsr_cli.tiling import TileGrid
 from dreamsr_cli.workload import Limits
 
@@ -99,16 +100,13 @@ def upscale(
 
     with open_photo(photo_path, out_path.parent, output.max_pixels) as photo:
         info = photo.info
-        work = plan_work(
-            photo_path,
-            info,
-            out_path,
-            settings,
-            output,
+        about = (
             read_sizes(bundle.config, bundle.part_folder),
             describe_machine(device, settings.precision, measure=False),
             Limits(STRIP, CONTROL_BYTES),
         )
+        settings, _ = settle_tile(settings, config.memory, photo_path, info, out_path, output, *about)
+        work = plan_work(photo_path, info, out_path, settings, output, *about)
         width, height, grid, format = work.width, work.height, work.grid, work.format
         check_canvas(photo_path, width, height, max_pixels=output.max_pixels, format=format)
         identity = photo_id(photo_path, photo.sha256, info)
@@ -225,7 +223,8 @@ def _restore(
 
     def make_sampler(work: WorkPlan) -> Sampler:
         restorer.place(work.offload)
-        return Sampler(restorer, grid, texts, sampling, control, work.tile_batch, journal, progress, work.control_bytes)
+        about = (work.tile_batch, journal, progress, work.control_bytes, settings.tiling)
+        return Sampler(restorer, grid, texts, sampling, control, *about)
 
     def settled() -> dict[str, Any]:
         start = WorkPlan(settings.tile_batch, CONTROL_BYTES, settings.offload)
@@ -272,7 +271,7 @@ def _fingerprint(
     """What decides the result's bytes, one by one (docs/decisions.md, Sameness)."""
     return {
         "input_sha256": photo.sha256,
-        **{name: value for name, value in to_dict(settings).items() if name != "memory"},
+        **{name: value for name, value in to_dict(settings).items() if name not in ("memory", "tile_auto")},
         "device": device.type,
         "threads": torch.get_num_threads(),
         "bundle_sha256": bundle.sha256,
