@@ -43,12 +43,12 @@ class Card:
 
 CARDS = (
     # NVIDIA's data sheets of HGX B200, H200, H100, A100 and L40S, L4 (where they print figures "with sparsity": half).
-    Card(r"B200.*", 2250, 4500, 75, 7700),
+    Card(r"B200([ -].*)?", 2250, 4500, 75, 7700),
     Card(r"H200 NVL", 835.5, 1671, 60, 4800),
-    Card(r"H200.*", 989.4, 1978.9, 66.9, 4800),
+    Card(r"H200([ -].*)?", 989.4, 1978.9, 66.9, 4800),
     Card(r"H100 NVL", 835.5, 1671, 60, 3900),
     Card(r"H100 PCIe", 756, 1513, 51.2, 2000),
-    Card(r"H100.*", 989.4, 1978.9, 66.9, 3350),
+    Card(r"H100([ -].*)?", 989.4, 1978.9, 66.9, 3350),
     Card(r"H20(-.*)?", 148, 296, 44, 4000),
     Card(r"A100-SXM4-80GB", 312, None, 19.5, 2039),
     Card(r"A100 80GB PCIe", 312, None, 19.5, 1935),

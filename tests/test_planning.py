@@ -90,6 +90,8 @@ def empty_tiff(path: Path, side: int) -> Path:
         {"strength": 0.0},
         {"removal": False},
         {"tile": 0},
+        {"tiling": "shifted"},
+        {"tiling": "shifted", "steps": 1, "tile_batch": 3},
         {"tile_batch": 5, "steps": 1},
         {"captioner": "describe", "prompt": None},
     ],

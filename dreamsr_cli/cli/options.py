@@ -233,8 +233,8 @@ def parse_setting(kind: Any, text: str, variable: str) -> Any:
     except ValueError as error:
         number = "a whole number" if kinds == [int] else "a number"
         number += "".join(f" or {word}" for word in words)
-        drop = "leave out" if variable.startswith("--") else "unset"
-        raise UsageError(f"{variable}: {text!r} is not {number}", f"set it to {number}, or {drop} {variable}") from error
+        drop = f"{'leave out' if variable.startswith('--') else 'unset'} {variable}"
+        raise UsageError(f"{variable}: {text!r} is not {number}", f"set it to {number}, or {drop}") from error
 
 
 def check_exclusive(given: list[str], origin: Mapping[str, str]) -> None:
