@@ -196,7 +196,7 @@ def test_the_tiling_matters_in_texture_steps_alone(opened, tmp_path, monkeypatch
     assert run(tmp_path, opened[0], "a.png") != run(tmp_path, opened[0], "b.png", tiling="overlap")
     removed = [run(tmp_path, opened[0], f"{tiling}.png", strength=0.0, tiling=tiling) for tiling in TILINGS]
     pixels = [np.asarray(Image.open(tmp_path / f"{tiling}.png")) for tiling in TILINGS]
-    assert np.array_equal(*pixels) and removed[0] != removed[1], "the record in the file says which"
+    assert np.array_equal(pixels[0], pixels[1]) and removed[0] != removed[1], "the record in the file says which"
 
 
 def test_a_journal_of_another_tiling_is_refused(opened, tmp_path, monkeypatch) -> None:
