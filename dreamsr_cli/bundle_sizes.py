@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreamsr_cli import counting
+from dreamsr_cli import counting, counting_bytes
 from dreamsr_cli.config import BundleConfig
 from dreamsr_cli.counting import BlockSizes, ContextSizes, TextSizes
 from dreamsr_cli.counting_pixels import AutoencoderSizes
@@ -46,6 +46,40 @@ class BundleSizes:
         rank = self.lora_rank if lora else 0
         flops = counting.transformer_flops(self.transformer, batch, image_tokens, text_tokens, rank)
         return flops + (counting.context_flops(self.context, batch, text_tokens, local_tokens) if self.context else 0)
+
+    def control_bytes(self, batch: int, image_tokens: int, local_tokens: int, itemsize: int) -> int:
+        """What one call of the ControlNet reads and writes: its weights, and the activations of its products."""
+        values = counting_bytes.transformer_values(self.controlnet, batch, image_tokens, local_tokens, 0, batch)
+        weights = counting.transformer_parameters(self.controlnet)
+        if self.context:
+            values += counting_bytes.keys_values_values(self.context, batch, local_tokens)
+            weights += self.context.injections * 2 * counting.linear_parameters(self.context.width, self.context.width)
+        return (values + weights) * itemsize
+
+    def transformer_bytes(
+        self,
+        batch: int,
+        image_tokens: int,
+        text_tokens: int,
+        local_tokens: int,
+        itemsize: int,
+        weight_bytes: float | None = None,
+        lora: bool = False,
+    ) -> int:
+        """What one call of the transformer reads and writes. `weight_bytes`: of a weight in its blocks, where they are
+        quantized."""
+        rank = self.lora_rank if lora else 0
+        values = counting_bytes.transformer_values(self.transformer, batch, image_tokens, text_tokens, rank)
+        weights = counting.transformer_parameters(self.transformer, rank)
+        if self.context:
+            values += counting_bytes.context_values(self.context, batch, text_tokens, local_tokens)
+            linears = 1 + (2 if self.context.mlp else 1)
+            linear = counting.linear_parameters(self.context.width, self.context.width)
+            weights += self.context.injections * linears * linear
+        double, single = counting.block_parameters(self.transformer)
+        inside = self.transformer.double * double + self.transformer.single * single
+        each = itemsize if weight_bytes is None else weight_bytes
+        return (values + weights - inside) * itemsize + int(inside * each)
 
     def feature_values(self, batch: int, image_tokens: int, local_tokens: int) -> int:
         """Numbers in one batch's control features (`conditioned_dit.Injections`)."""

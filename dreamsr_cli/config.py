@@ -14,7 +14,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from dreamsr_cli.errors import ConfigError
 
@@ -28,6 +28,10 @@ QUANTIZATIONS = ("none", "fp8", "int8", "nf4")
 """How weights may be kept: as they are, or in 8 bits (torchao) or 4 (bitsandbytes)."""
 OFFLOADS = ("none", "model", "block")
 """What may wait in RAM: nothing, the network that isn't running, or every block that isn't running."""
+TILINGS = ("overlap", "shifted")
+"""Where tiles of the texture steps lie; see `UpscaleConfig.tiling`."""
+AUTO: Literal["auto"] = "auto"
+"""`--tile auto`: the side is chosen by photo."""
 TILE_BATCH = 4
 """Tiles per network call where nobody says otherwise."""
 PROMPT_MODES = ("both", "global", "local")
@@ -110,6 +114,9 @@ class BundleDefaults:
     """Tile side in output pixels; 0 = the whole photo."""
     overlap: int = 64
     """Overlap of neighbouring tiles in output pixels."""
+    tile_auto: tuple[int, int] | None = None
+    """Least and largest tile that `--tile auto` may choose: sides that the model was trained on; None: from half of
+    `tile` to `tile`."""
     captioner: str = "describe"
     """One of `CAPTIONERS`."""
     max_text_tokens: int = 128
@@ -185,10 +192,14 @@ class UpscaleConfig:
     """Output pixels of the longer side, instead of scale."""
     short_side: int | None = None
     """Output pixels of the shorter side, instead of scale."""
-    tile: int | None = None
-    """Tile side in output pixels, multiple of 16; 0: the whole photo as one tile, local text = global text."""
+    tile: int | Literal["auto"] | None = None
+    """Tile side in output pixels, multiple of 16; 0: the whole photo as one tile, local text = global text; "auto": the
+    side with the fewest operations that fits the memory."""
     overlap: int | None = None
     """Overlap in output pixels, multiple of 16, at most half of the tile."""
+    tiling: str = "overlap"
+    """"overlap": texture steps blend overlapping tiles; "shifted": tiles don't overlap, and their grid moves by
+    `overlap` from step to step. The removal step always blends."""
     steps: int | None = None
     """Texture steps, 1 to 100."""
     strength: float | None = None
@@ -329,7 +340,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        (kind,) = [a for a in args if a is not type(None)]
+        if isinstance(value, str) and value in words_of(kind):
+            return value
+        (kind,) = [a for a in args if a is not type(None) and typing.get_origin(a) is not Literal]
         return _convert(kind, value, where)
     if dataclasses.is_dataclass(kind):
         return from_dict(typing.cast(type, kind), value, where)
@@ -348,6 +361,13 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return value
     name = getattr(kind, "__name__", str(kind))
     raise ConfigError(f"{where}: expected {name}, found {value!r}", "correct the value")
+
+
+def words_of(kind: Any) -> tuple[str, ...]:
+    """The words that a setting of this type may be beside its values: ("auto",) of `int | Literal["auto"] | None`."""
+    return tuple(
+        word for part in typing.get_args(kind) if typing.get_origin(part) is Literal for word in typing.get_args(part)
+    )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from dreamsr_cli.counting import linear_parameters
 
@@ -59,15 +59,31 @@ class AutoencoderSizes:
         if self.exact:
             return rows * columns * 2 * 3 * self.channels
         spans = column_spans(columns)
-        return sum(flops for *_, first, last in spans for flops, _ in _encoder(self.config, rows, last - first))
+        return sum(n.flops for *_, first, last in spans for n in _encoder(self.config, rows, last - first))
 
     def decode_flops(self, rows: int, columns: int) -> int:
         """Latent to pixels."""
         if not self.exact:
             spans = column_spans(columns)
-            return sum(flops for *_, first, last in spans for flops, _ in _decoder(self.config, rows, last - first))
+            return sum(n.flops for *_, first, last in spans for n in _decoder(self.config, rows, last - first))
         folded = rows * columns // FOLD**2
         return rows * columns * 2 * 3 * self.channels + folded * 2 * self._refiner_weights()
+
+    def moved_values(self, rows: int, columns: int, encode: bool = False) -> int:
+        """Activations that decoding (or encoding) that many pixels reads and writes, layer by layer."""
+        if self.exact:
+            # The patch transform, then the refiner's convolutions on folded pixels.
+            transform = rows * columns * 3 + rows * columns // STRIDE**2 * self.channels
+            if encode:
+                return transform
+            width, blocks, folded = int(self.config["refiner_width"]), int(self.config["refiner_blocks"]), 3 * FOLD**2
+            return transform + rows * columns // FOLD**2 * (2 * (folded + width) + 2 * blocks * 2 * width)
+        layers = _encoder if encode else _decoder
+        return sum(
+            layer.values
+            for *_, first, last in column_spans(columns)
+            for layer in layers(self.config, rows, last - first)
+        )
 
     def parameters(self) -> int:
         """All weights; norms are left out."""
@@ -75,7 +91,7 @@ class AutoencoderSizes:
             block = 3 * STRIDE**2
             return block * (1 + self.channels) + self.channels + self._refiner_weights()
         whole = [*_encoder(self.config, STRIDE, STRIDE), *_decoder(self.config, STRIDE, STRIDE)]
-        return sum(parameters for _, parameters in whole)
+        return sum(layer.parameters for layer in whole)
 
     def working_bytes(self, rows: int, columns: int, itemsize: int) -> int:
         """About what decoding that many pixels at once needs for activations of `itemsize` bytes."""
@@ -91,28 +107,40 @@ class AutoencoderSizes:
         return 9 * (2 * folded * width + 2 * blocks * width * width)
 
 
-# ---------------------------------------------------------------- AutoencoderKL: (operations, parameters) by layer
+# ---------------------------------------------------------------- AutoencoderKL by layer
 
 
-def _convolution(n_in: int, n_out: int, pixels: int, side: int = 3) -> tuple[int, int]:
-    return 2 * side**2 * n_in * n_out * pixels, (side**2 * n_in + 1) * n_out
+class Layer(NamedTuple):
+    """One layer's costs."""
+
+    flops: int
+    parameters: int
+    values: int
+    """Activations read and written."""
 
 
-def _residual(n_in: int, n_out: int, pixels: int) -> Iterator[tuple[int, int]]:
+def _convolution(n_in: int, n_out: int, pixels: int, side: int = 3, stride: int = 1) -> Layer:
+    """`pixels` are those written."""
+    values = (n_in * stride**2 + n_out) * pixels
+    return Layer(2 * side**2 * n_in * n_out * pixels, (side**2 * n_in + 1) * n_out, values)
+
+
+def _residual(n_in: int, n_out: int, pixels: int) -> Iterator[Layer]:
     yield _convolution(n_in, n_out, pixels)
     yield _convolution(n_out, n_out, pixels)
     if n_in != n_out:
         yield _convolution(n_in, n_out, pixels, side=1)
 
 
-def _middle(config: Mapping[str, Any], width: int, pixels: int) -> Iterator[tuple[int, int]]:
+def _middle(config: Mapping[str, Any], width: int, pixels: int) -> Iterator[Layer]:
     yield from _residual(width, width, pixels)
     yield from _residual(width, width, pixels)
     if config.get("mid_block_add_attention", True):
-        yield 4 * 2 * width**2 * pixels + 4 * pixels**2 * width, 4 * linear_parameters(width, width)
+        flops = 4 * 2 * width**2 * pixels + 4 * pixels**2 * width
+        yield Layer(flops, 4 * linear_parameters(width, width), (4 * 2 + 4) * width * pixels)
 
 
-def _encoder(config: Mapping[str, Any], rows: int, columns: int) -> Iterator[tuple[int, int]]:
+def _encoder(config: Mapping[str, Any], rows: int, columns: int) -> Iterator[Layer]:
     widths = [int(c) for c in config["block_out_channels"]]
     pixels, channels = rows * columns, int(config["latent_channels"])
     yield _convolution(3, widths[0], pixels)
@@ -123,14 +151,14 @@ def _encoder(config: Mapping[str, Any], rows: int, columns: int) -> Iterator[tup
         before = width
         if number < len(widths) - 1:
             pixels //= 4
-            yield _convolution(width, width, pixels)
+            yield _convolution(width, width, pixels, stride=2)
     yield from _middle(config, before, pixels)
     yield _convolution(before, 2 * channels, pixels)
     if config.get("use_quant_conv", True):
         yield _convolution(2 * channels, 2 * channels, pixels, side=1)
 
 
-def _decoder(config: Mapping[str, Any], rows: int, columns: int) -> Iterator[tuple[int, int]]:
+def _decoder(config: Mapping[str, Any], rows: int, columns: int) -> Iterator[Layer]:
     widths = [int(c) for c in reversed(config["block_out_channels"])]
     pixels, channels = rows * columns // 4 ** (len(widths) - 1), int(config["latent_channels"])
     if config.get("use_post_quant_conv", True):

@@ -37,6 +37,7 @@ from dreamsr_cli.residency import decide_residency, fits_beside
 from dreamsr_cli.sampler import CONTROL_BYTES, ENCODE, PIXELS, REMOVE, Sampler, Texts, texture_name
 from dreamsr_cli.settings import Settings, check_settings
 from dreamsr_cli.texts_ahead import TEXT_BYTES, TextsAhead, texts_of, waiting_bytes
+from dreamsr_cli.tile_choice import settle_tile
 from dreamsr_cli.workload import Limits
 
 __all__ = ["Engine", "Order", "Settings", "UpscaleResult", "check_settings", "upscale"]
@@ -85,13 +86,13 @@ class Engine:
         self._threads = torch.get_num_threads()
         self._limits = Limits(STRIP, CONTROL_BYTES)
         machine = describe_machine(self.device, self.settings.precision, measure=False)
-        self._free_before = machine.memory
+        self._free_before, self._memory = machine.memory, config.memory
         mode = MemoryMode(settings.quantize, settings.offload)
         self.residency = decide_residency(
             self._sizes,
             mode,
             machine,
-            settings.tile,
+            settings.tile_auto[1] if settings.tile_auto else settings.tile,
             settings.tile_batch,
             self._limits,
             photos,
@@ -133,7 +134,7 @@ class Engine:
         if self._captions and order.out not in self.ahead.plans:
             return None
         info = read_info(order.photo)
-        if not fits_beside(present, self._plan(order, info), info, self._free_before):
+        if not fits_beside(present, self._plan(order, info)[0], info, self._free_before):
             return None
         return self.read(order, progress)
 
@@ -223,16 +224,19 @@ class Engine:
         return read_photo(
             order,
             lambda photo: self._plan(order, photo.info),
-            self.settings,
             self.bundle,
             self.output,
             self._threads,
             progress,
         )
 
-    def _plan(self, order: Order, info: PhotoInfo) -> Plan:
+    def _plan(self, order: Order, info: PhotoInfo) -> tuple[Plan, Settings]:
+        """The photo's plan, and the settings with what only a photo decides."""
         machine = describe_machine(self.device, self.settings.precision, measure=False)
-        return plan_work(order.photo, info, order.out, self.settings, self.output, self._sizes, machine, self._limits)
+        about = (order.photo, info, order.out)
+        known = (self._sizes, machine, self._limits)
+        settings, _ = settle_tile(self.settings, self._memory, *about, self.output, *known)
+        return plan_work(*about, settings, self.output, *known), settings
 
     def _too_small(self, job: PhotoJob) -> DeviceError:
         hint = f"use --tile-batch 1, or --tile {smaller_tile(job.grid.tile_width)} with --restart"
@@ -266,7 +270,8 @@ def _restore(
 
     def make_sampler(work: WorkPlan) -> Sampler:
         restorer.place(work.offload)
-        return Sampler(restorer, grid, texts, sampling, control, work.tile_batch, journal, progress, work.control_bytes)
+        about = (work.tile_batch, journal, progress, work.control_bytes, settings.tiling)
+        return Sampler(restorer, grid, texts, sampling, control, *about)
 
     def settled() -> dict[str, Any]:
         start = WorkPlan(settings.tile_batch, CONTROL_BYTES, settings.offload)

@@ -47,6 +47,14 @@ def journal_folder(out_path: Path) -> Path:
     return out_path.with_name(name)
 
 
+def fingerprint_of(folder: Path) -> dict[str, Any]:
+    """What the unfinished job in that folder is of, as it was given to `Journal`; {} where there is none."""
+    try:
+        return dict(json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 class Piece:
     """One canvas of the job, written from the top and committed by a rename; goes on where it stopped."""
 
@@ -173,7 +181,7 @@ class Journal:
         return piece
 
     def slots(self, count: int, shape_CHW: tuple[int, int, int]) -> Slots:
-        """The job's slots; asked for once."""
+        """The job's slots, for tiles of this shape; what slots of another shape hold counts as empty (their step)."""
         slots = Slots(self.folder, count, shape_CHW)
         self._files.append(slots)
         return slots

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 NO_PROBE = "DREAMSR_NO_PROBE"
 """Set to 1: the speed is not measured, so plans name no time."""
 PROBE_SECONDS = 1.0
+COPIED = 128 * 2**20
+"""Bytes copied to measure bandwidth: more than caches hold."""
 FIRST_EFFICIENCY = 0.5
 """Share of the measured speed that a first run is taken to reach."""
 FIRST_SPREAD = 1.5
@@ -47,6 +49,10 @@ class Machine:
     """Bytes free on the card; None on a CPU."""
     flops_per_second: float | None
     """Measured, of large matrix products in that precision; None: not measured."""
+    bytes_per_second: float | None = None
+    """Measured, of a copy in the device's memory, reading and writing; None: not measured."""
+    total_memory: int | None = None
+    """Bytes of RAM in all, within the container's limit, or of the card; None where the system doesn't say."""
 
     @property
     def itemsize(self) -> int:
@@ -85,7 +91,11 @@ def describe_machine(device: torch.device, precision: str, measure: bool = True)
         name = device.type
     forbidden = os.environ.get(NO_PROBE, "") not in ("", "0")
     rate = probe(device, precision) if measure and not forbidden else None
-    return Machine(str(device), name, precision, torch.get_num_threads(), free_memory(), device_memory, rate)
+    speed = probe_copy(device) if measure and not forbidden else None
+    total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else total_memory()
+    return Machine(
+        str(device), name, precision, torch.get_num_threads(), free_memory(), device_memory, rate, speed, total
+    )
 
 
 def probe(device: torch.device, precision: str) -> float:
@@ -108,6 +118,27 @@ def probe(device: torch.device, precision: str) -> float:
         count += 1
         if (taken := finished() - begin) >= PROBE_SECONDS:
             return 2 * side**3 * count / taken
+
+
+def probe_copy(device: torch.device) -> float:
+    """Bytes per second that a large copy within the device's memory reads and writes, over a fifth of a second."""
+    import torch
+
+    source = torch.ones(COPIED // 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+
+    def finished() -> float:
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
+        return time.perf_counter()
+
+    target.copy_(source)  # the first copy also asks for the pages
+    begin, count = finished(), 0
+    while True:
+        target.copy_(source)
+        count += 1
+        if (taken := finished() - begin) >= PROBE_SECONDS / 5:
+            return 2 * COPIED * count / taken
 
 
 def estimate(flops: int, machine: Machine, model: str) -> Estimate | None:
@@ -139,14 +170,30 @@ def free_memory() -> int | None:
     return min(found) if found else None
 
 
+def total_memory() -> int | None:
+    """Bytes of RAM that this machine has, within its container's limit; None where nobody says."""
+    found = [value for value in (_installed(), _container_limit()) if value is not None]
+    return min(found) if found else None
+
+
+def _installed() -> int | None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _container_limit() -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        return int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
+    return None
+
+
 def _available() -> int | None:
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    return _installed()
 
 
 def _left_in_container() -> int | None:

@@ -32,7 +32,7 @@ ORDER = (
 )
 """Modes in the order in which they are tried: what changes the picture least and waits least comes first. int8 is
 preferred to fp8, whose weights are as large and err four times as much."""
-_WEIGHT_BYTES = {"int8": 1.0, "fp8": 1.0, "nf4": 0.5625}
+WEIGHT_BYTES = {"int8": 1.0, "fp8": 1.0, "nf4": 0.5625}
 """Bytes of a quantized weight with its scales; NF4 keeps a float32 for each 64 weights."""
 
 
@@ -106,7 +106,7 @@ def _text(sizes: BundleSizes, mode: MemoryMode, itemsize: int, work: PhaseWork, 
     if text.bytes_per_token:
         weights = text.parameters * 4
         return Phase(text.parameters, weights, weights, waiting)
-    each = _WEIGHT_BYTES.get(mode.quantize, itemsize)
+    each = WEIGHT_BYTES.get(mode.quantize, itemsize)
     outside = (text.parameters - text.blocks) * itemsize
     weights = outside + int(text.blocks * each)
     resident = outside + int(text.largest_block * each) if mode.offload == "block" else weights
@@ -115,7 +115,7 @@ def _text(sizes: BundleSizes, mode: MemoryMode, itemsize: int, work: PhaseWork, 
 
 def _restorer(sizes: BundleSizes, mode: MemoryMode, itemsize: int) -> tuple[int, int]:
     """(bytes of all weights, bytes on the device at once). LoRA and ControlNet are never quantized."""
-    transformer, each = sizes.transformer, _WEIGHT_BYTES.get(mode.quantize, itemsize)
+    transformer, each = sizes.transformer, WEIGHT_BYTES.get(mode.quantize, itemsize)
     double, single = (
         int(block * each) + lora * itemsize
         for block, lora in zip(

@@ -231,8 +231,7 @@ class PhotoJob:
 
 def read_photo(
     order: Order,
-    plan_for: Callable[[Photo], Plan],
-    settings: Settings,
+    plan_for: Callable[[Photo], tuple[Plan, Settings]],
     bundle: Bundle,
     output: OutputConfig,
     threads: int,
@@ -245,7 +244,7 @@ def read_photo(
     began = time.monotonic()
     with ExitStack() as files:
         photo = files.enter_context(open_photo(order.photo, order.out.parent, output.max_pixels))
-        work = plan_for(photo)
+        work, settings = plan_for(photo)
         check_canvas(order.photo, work.width, work.height, max_pixels=output.max_pixels, format=work.format)
         identity = photo_id(order.photo, photo.sha256, photo.info)
         given = give_prompts(order.prompts, order.photo, identity, work.grid, work.width, work.height, settings)
@@ -275,7 +274,7 @@ def _fingerprint(
     """What decides the result's bytes, one by one (docs/decisions.md, Sameness)."""
     return {
         "input_sha256": photo.sha256,
-        **{name: value for name, value in to_dict(settings).items() if name != "memory"},
+        **{name: value for name, value in to_dict(settings).items() if name not in ("memory", "tile_auto")},
         "device": torch.device(settings.device).type,
         "threads": threads,
         "bundle_sha256": bundle.sha256,

@@ -19,6 +19,7 @@ from dreamsr_cli.machine import Estimate, Machine, estimate, remember_efficiency
 from dreamsr_cli.memory_plan import Phase
 from dreamsr_cli.multidiffusion import slots_needed
 from dreamsr_cli.photo_writer import SIDE_LIMITS, resolve_bit_depth, resolve_format
+from dreamsr_cli.roofline import Floor, floor, peak
 from dreamsr_cli.tiling import TileGrid, canvas_size, make_grid
 from dreamsr_cli.workload import Limits, Settings, Workload, bands, is_spilled, photo_bytes
 
@@ -52,10 +53,19 @@ class Plan:
     """Network calls by phase: batches of tiles, prompts ("text", at most) or strips ("encode", "decode")."""
     flops: dict[str, int]
     """Operations by phase."""
+    moved: dict[str, int]
+    """Bytes by phase that networks read and write."""
+    tile_step: dict[str, int]
+    """Operations ("flops") and "bytes" of one tile in one texture step, its ControlNet included."""
+    texture_tiles: int
+    """Tiles of a texture step."""
+    floor: Floor | None
+    """The least time that the device needs; None where its speed isn't known."""
     memory: dict[str, int]
     """Estimated bytes: "host" (peak of RAM), "device" (peak on the card, 0 on a CPU), and what they consist of."""
     phases: dict[str, Phase]
     """What "text", "restore" and "decode" need on the device, one after the other."""
+    tiling: str
     quantize: str
     offload: str
     disk: dict[str, int]
@@ -111,6 +121,11 @@ class Plan:
             "steps": self.steps,
             "calls": self.calls,
             "flops": {**self.flops, "total": self.total_flops},
+            "bytes": {**self.moved, "total": sum(self.moved.values())},
+            "tile_step": self.tile_step,
+            "tiling": self.tiling,
+            "texture_tiles": self.texture_tiles,
+            "floor": None if self.floor is None else self.floor.to_json(),
             "memory": self.memory,
             "phases": {name: phase.to_json() for name, phase in self.phases.items()},
             "quantize": self.quantize,
@@ -148,7 +163,7 @@ def plan(
     format = resolve_format(output.format, out_path, info)
     bit_depth = resolve_bit_depth(output.bit_depth, format, info)
     work = Workload(grid, settings, sizes, machine, limits)
-    flops = work.flops()
+    flops, moved, most = work.flops(), work.moved(), peak(machine)
     disk = disk_needed(info, format, bit_depth, width, height, grid, work.batch, sizes.autoencoder.channels)
     free = shutil.disk_usage(_existing(out_path)).free
     stops = _limits_passed(info, format, width, height, output.max_pixels)
@@ -168,8 +183,13 @@ def plan(
         steps=work.steps,
         calls=work.calls(),
         flops=flops,
+        moved=moved,
+        tile_step=work.tile_step(),
+        texture_tiles=len(work.layouts[0].grid.tiles),
+        floor=None if most is None else floor(flops, moved, most),
         memory=work.memory(info, width),
         phases=work.phases(),
+        tiling=settings.tiling,
         quantize=settings.quantize,
         offload=settings.offload,
         disk=disk,

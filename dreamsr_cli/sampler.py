@@ -21,14 +21,15 @@ from dreamsr_cli import flow
 from dreamsr_cli.config import ControlConfig, SamplingConfig
 from dreamsr_cli.draws import normal_rows
 from dreamsr_cli.journal import Journal, Piece
-from dreamsr_cli.journal_files import RowFile
+from dreamsr_cli.journal_files import RowFile, Slots
 from dreamsr_cli.models.autoencoder import STRIDE
 from dreamsr_cli.models.bundle import Restorer
 from dreamsr_cli.models.conditioned_dit import Injections
 from dreamsr_cli.models.flux_control import FluxControl
 from dreamsr_cli.models.text_encoder import TextEmbedding, stack
-from dreamsr_cli.multidiffusion import blend_rows, finished_rows, slots_needed
+from dreamsr_cli.multidiffusion import finished_rows, slots_needed
 from dreamsr_cli.progress import Progress
+from dreamsr_cli.shifted_tiling import overlapping, texture_layouts
 from dreamsr_cli.tiling import Tile, TileGrid
 
 REMOVAL_GUIDANCE = 1.0
@@ -64,7 +65,8 @@ class Texts:
 
 
 class Sampler:
-    """Both stages for one canvas. Canvases lie in the journal; only batches of tiles go to the device.
+    """Both stages for one canvas. Canvases lie in the journal; only batches of tiles go to the device. `tiling` is
+    where the tiles of texture steps lie (`shifted_tiling`); `layout` holds the tiles in force.
 
     Without gradients, but not in inference mode: quantized weights can't be moved in that.
     """
@@ -80,8 +82,10 @@ class Sampler:
         journal: Journal,
         progress: Progress,
         control_bytes: int = CONTROL_BYTES,
+        tiling: str = "overlap",
     ) -> None:
         self.restorer, self.grid, self.texts = restorer, grid, texts
+        self.layout, self.tiling = overlapping(grid), tiling
         self.sampling, self.control = sampling, control
         self.journal, self.progress = journal, progress
         self.control_bytes = control_bytes
@@ -90,9 +94,13 @@ class Sampler:
         self._glob = stack([texts.glob.to(self.device, self.dtype)])
         self._has_guidance = bool(restorer.dit.transformer.config["guidance_embeds"])
         channels = restorer.dit.transformer.config["in_channels"] // 4
-        _, _, height, width = grid.tiles[0].latent_box()
         self.shape = (channels, grid.canvas_height // STRIDE, grid.canvas_width // STRIDE)
-        self._slots = journal.slots(slots_needed(grid, self.batch), (channels, height, width))
+        self._slots = self._open_slots(grid)
+
+    def _open_slots(self, *grids: TileGrid) -> Slots:
+        """Slots for tiles of any of these grids, whose tiles have one size."""
+        _, _, height, width = grids[0].tiles[0].latent_box()
+        return self.journal.slots(max(slots_needed(grid, self.batch) for grid in grids), (self.shape[0], height, width))
 
     @torch.no_grad()
     def probe(self) -> None:
@@ -123,18 +131,22 @@ class Sampler:
         """Stage 2: renoise z_dr to `t_start` (eq. 3), then `steps` Euler steps on the whole canvas, LoRA off."""
         guidance = guidance if self._has_guidance else None
         ts = flow.timesteps(t_start, steps)
-        self.progress.phase("texture", steps * len(self.grid.tiles))
+        layouts = texture_layouts(self.grid, self.tiling)
+        if self.tiling != "overlap":
+            self._slots = self._open_slots(*(layout.grid for layout in layouts))
+        self.progress.phase("texture", steps * len(layouts[0].grid.tiles))
         finished = next((k for k in range(steps, -1, -1) if self.journal.has(texture_name(k))), 0)
         source = self.journal.piece(texture_name(finished), finished or RENOISE, self.shape)
         if not source.done:
             self._renoise(z_dr, source, t_start, seed)
-        self.progress.advance(finished * len(self.grid.tiles))
+        self.progress.advance(finished * len(layouts[0].grid.tiles))
         self.journal.drop(texture_name(k) for k in range(finished))
-        kept: dict[int, Injections] = {}
+        kept: dict[tuple[int, int], Injections] = {}
         for step, (t, t_next) in enumerate(pairwise(ts), start=1):
             if step <= finished:
                 continue
             self.progress.at(f"step {step} of {steps}")
+            self.layout = layouts[(step - 1) % len(layouts)]
 
             def velocity(tiles: tuple[Tile, ...], t: float = t, z: RowFile = source.file) -> Tensor:
                 try:
@@ -175,7 +187,7 @@ class Sampler:
         tiles: tuple[Tile, ...],
         t: float,
         guidance: float | None,
-        kept: dict[int, Injections],
+        kept: dict[tuple[int, int], Injections],
     ) -> Tensor:
         z_BCHW = self._crops(z, tiles)
         injections = self._texture_control(z_BCHW, z_dr, tiles, t, guidance, kept)
@@ -192,7 +204,7 @@ class Sampler:
         Goes on at latent row `ready`; batches whose slots are whole are not computed again.
         """
         self._slots.begin(step)
-        for tiles in self.grid.batches(self.batch):
+        for tiles in self.layout.grid.batches(self.batch):
             blended = all((tile.top + tile.height) // STRIDE <= ready for tile in tiles)
             if not blended and not all(self._slots.holds(tile.index) for tile in tiles):
                 padded = tiles + (tiles[-1],) * (self.batch - len(tiles))
@@ -201,9 +213,9 @@ class Sampler:
                     self._slots.put(tile.index, v_CHW)
                 self.journal.worked()
             self.progress.advance(len(tiles))
-            finished = finished_rows(self.grid, tiles[-1].index + 1)
+            finished = finished_rows(self.layout.grid, tiles[-1].index + 1)
             if finished > ready:
-                yield ready, finished, blend_rows(self.grid, self._slots, ready, finished)
+                yield ready, finished, self.layout.blend_rows(self._slots, ready, finished)
                 ready = finished
 
     def _texture_control(
@@ -213,15 +225,16 @@ class Sampler:
         tiles: tuple[Tile, ...],
         t: float,
         guidance: float | None,
-        kept: dict[int, Injections],
+        kept: dict[tuple[int, int], Injections],
     ) -> Injections:
         """Control features of stage 2, from memory where they don't depend on the step and fit `control_bytes`."""
-        found = kept.get(tiles[0].index)
+        place = self.layout.number, tiles[0].index
+        found = kept.get(place)
         if found is not None:
             return found
         made = self._control(self._crops(z_dr, tiles), tiles, t, guidance, z_BCHW)
         if self.control.timestep == "clean" and (len(kept) + 1) * made.size <= self.control_bytes:
-            kept[tiles[0].index] = made
+            kept[place] = made
         return made
 
     def _control(
@@ -247,7 +260,10 @@ class Sampler:
         return self._local_text(tiles) if self.texts.local_to_both else self._glob
 
     def _local_text(self, tiles: tuple[Tile, ...]) -> TextEmbedding:
-        return stack([self.texts.local[tile.index] for tile in tiles], self.texts.length).to(self.device, self.dtype)
+        return stack([self._local(tile) for tile in tiles], self.texts.length).to(self.device, self.dtype)
+
+    def _local(self, tile: Tile) -> TextEmbedding:
+        return self.texts.local[self.layout.texts[tile.index]]
 
     def _crops(self, canvas: RowFile, tiles: tuple[Tile, ...]) -> Tensor:
         return torch.from_numpy(np.stack([canvas.crop(*tile.latent_box()) for tile in tiles])).to(self.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dreamsr_cli.config import CAPTIONERS, PROMPT_MODES, UpscaleConfig, is_captioner
+from dreamsr_cli.config import AUTO, CAPTIONERS, GRAIN, PROMPT_MODES, TILINGS, UpscaleConfig, is_captioner
 from dreamsr_cli.errors import UsageError
 from dreamsr_cli.memory_choice import decide_memory
 from dreamsr_cli.models.bundle import Bundle
@@ -42,6 +42,9 @@ class Settings:
     offload: str
     memory: str | None
     """What `--memory` chose, as a sentence."""
+    tiling: str
+    tile_auto: tuple[int, int] | None
+    """With `--tile auto` the sides to choose from; `tile` is the bundle's until one is chosen for a photo."""
 
 
 def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
@@ -52,7 +55,12 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
         return default if value is None else value
 
     sized = config.long_side is not None or config.short_side is not None
-    tile = pick(config.tile, defaults.tile)
+    tile_auto = None
+    if config.tile == AUTO:
+        tile_auto = defaults.tile_auto or (defaults.tile // 2 // GRAIN * GRAIN, defaults.tile)
+    elif isinstance(config.tile, str):
+        raise UsageError(f"--tile {config.tile!r} is no number of pixels", "use --tile 512, or --tile auto")
+    tile = config.tile if isinstance(config.tile, int) else defaults.tile
     overlap = defaults.overlap if config.overlap is None else config.overlap
     if config.overlap is None and tile:
         overlap = min(overlap, tile // 2 // 16 * 16)
@@ -79,11 +87,16 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
         quantize=memory.mode.quantize,
         offload=memory.mode.offload,
         memory=memory.sentence,
+        tiling=config.tiling,
+        tile_auto=tile_auto,
     )
     check_tiling(settings.tile, settings.overlap)
     _check_range("--steps", settings.steps, 1, 100)
     _check_range("--strength", settings.strength, 0, 1)
     _check_range("--tile-batch", settings.tile_batch, 1, 64)
+    _check_choice("--tiling", settings.tiling, TILINGS)
+    if settings.tiling == "shifted" and settings.overlap == 0 and settings.tile:
+        raise UsageError("--tiling shifted moves the tiles by --overlap, which is 0", "use --overlap 64")
     _check_choice("--color-fix", settings.color_fix, COLOR_FIXES)
     if not is_captioner(settings.captioner):
         known = ", ".join(CAPTIONERS)

@@ -10,9 +10,10 @@ from dreamsr_cli.bundle_sizes import BundleSizes
 from dreamsr_cli.counting_pixels import STRIDE
 from dreamsr_cli.images import PhotoInfo
 from dreamsr_cli.machine import Machine
-from dreamsr_cli.memory_plan import Phase, PhaseWork, phases
+from dreamsr_cli.memory_plan import WEIGHT_BYTES, Phase, PhaseWork, phases
 from dreamsr_cli.models.quantization import MemoryMode
 from dreamsr_cli.photo_pixels import IN_MEMORY
+from dreamsr_cli.shifted_tiling import Layout, texture_layouts
 from dreamsr_cli.tiling import TileGrid
 
 DESCRIBED_BYTES = 88
@@ -58,6 +59,8 @@ class Settings(Protocol):
     def quantize(self) -> str: ...
     @property
     def offload(self) -> str: ...
+    @property
+    def tiling(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,10 @@ class Limits:
 def photo_bytes(info: PhotoInfo) -> int:
     """The decoded photo, as it is kept while it is read from."""
     return info.width * info.height * bands(info) * (info.bit_depth // 8)
+
+
+def _tokens(grid: TileGrid) -> int:
+    return (grid.tile_height // (2 * STRIDE)) * (grid.tile_width // (2 * STRIDE))
 
 
 def bands(info: PhotoInfo) -> int:
@@ -113,7 +120,22 @@ class Workload:
     @property
     def image_tokens(self) -> int:
         """L."""
-        return (self.grid.tile_height // (2 * STRIDE)) * (self.grid.tile_width // (2 * STRIDE))
+        return _tokens(self.grid)
+
+    @cached_property
+    def layouts(self) -> tuple[Layout, ...]:
+        """The tiles of texture steps, in turn."""
+        return texture_layouts(self.grid, self.settings.tiling)
+
+    @property
+    def texture_tokens(self) -> int:
+        """L in texture steps."""
+        return _tokens(self.layouts[0].grid)
+
+    @property
+    def texture_batches(self) -> int:
+        """Network calls for all tiles of a texture step."""
+        return -(-len(self.layouts[0].grid.tiles) // self.batch)
 
     @cached_property
     def prompts(self) -> tuple[int, int, int]:
@@ -138,14 +160,24 @@ class Workload:
         """(batches whose control features are kept between steps, their bytes)."""
         if not self.sizes.control_is_clean or not self.steps:
             return 0, 0
-        local = self.padded_local
-        each = self.sizes.feature_values(self.batch, self.image_tokens, local) * self.machine.itemsize
-        kept = min(self.batches, self.limits.control_bytes // each)
+        each = self.sizes.feature_values(self.batch, self.texture_tokens, self.padded_local) * self.machine.itemsize
+        places = min(self.steps, len(self.layouts))
+        kept = min(self.texture_batches * places, self.limits.control_bytes // each)
         return kept, kept * each
+
+    def _texture_controls(self) -> int:
+        """Calls of the ControlNet in texture steps: once where its features are kept, else in every step; the first
+        steps' are kept first."""
+        kept, total = self.kept_features[0], 0
+        for number in range(len(self.layouts)):
+            steps = len(range(number, self.steps, len(self.layouts)))
+            here = min(kept, self.texture_batches) if steps else 0
+            total += here + (self.texture_batches - here) * steps
+            kept -= here
+        return total
 
     def calls(self) -> dict[str, int]:
         """Calls by phase: prompts ("text"), strips ("encode", "decode"), batches of tiles (all others)."""
-        kept, _ = self.kept_features
         strips = -(-self.grid.canvas_height // self.limits.strip_rows)
         removals = self.batches if self.settings.removal else 0
         return {
@@ -155,8 +187,8 @@ class Workload:
             "trial": 0 if self.machine.device == "cpu" else 1,
             "remove_control": removals,
             "remove": removals,
-            "texture_control": kept + (self.batches - kept) * self.steps,
-            "texture": self.batches * self.steps,
+            "texture_control": self._texture_controls(),
+            "texture": self.texture_batches * self.steps,
             "decode": strips * self._decoding_passes(strips),
         }
 
@@ -164,7 +196,7 @@ class Workload:
         """Operations by phase."""
         _, glob, local = self.prompts
         batch, tokens, sizes, coder = self.batch, self.image_tokens, self.sizes, self.sizes.autoencoder
-        padded = self.padded_local
+        padded, moving = self.padded_local, self.texture_tokens
         control = sizes.control_flops(batch, tokens, padded)
         removal = sizes.transformer_flops(batch, tokens, glob, padded, lora=True)
         each = {
@@ -172,14 +204,58 @@ class Workload:
             "trial": control + removal,
             "remove_control": control,
             "remove": removal,
-            "texture_control": control,
-            "texture": sizes.transformer_flops(batch, tokens, glob, padded),
+            "texture_control": sizes.control_flops(batch, moving, padded),
+            "texture": sizes.transformer_flops(batch, moving, glob, padded),
         }
         width, encoding = self.grid.canvas_width, self._extents(0 if coder.exact else coder.halo)
         decoding = sum(coder.decode_flops(rows, width) for rows in self._extents(coder.halo))
         return {phase: count * each[phase] for phase, count in self.calls().items() if phase in each} | {
             "encode": sum(coder.encode_flops(rows, width) for rows in encoding),
             "decode": decoding * self._decoding_passes(len(encoding)),
+        }
+
+    def moved(self) -> dict[str, int]:
+        """Bytes by phase that products read and write, weights once per call; of the text encoders only weights."""
+        _, glob, local = self.prompts
+        batch, tokens, moving, sizes, coder = (
+            self.batch,
+            self.image_tokens,
+            self.texture_tokens,
+            self.sizes,
+            self.sizes.autoencoder,
+        )
+        padded, item, quantized = self.padded_local, self.machine.itemsize, WEIGHT_BYTES.get(self.settings.quantize)
+        control = sizes.control_bytes(batch, tokens, padded, item)
+        removal = sizes.transformer_bytes(batch, tokens, glob, padded, item, quantized, lora=True)
+        each = {
+            "trial": control + removal,
+            "remove_control": control,
+            "remove": removal,
+            "texture_control": sizes.control_bytes(batch, moving, padded, item),
+            "texture": sizes.transformer_bytes(batch, moving, glob, padded, item, quantized),
+        }
+        width, encoding = self.grid.canvas_width, self._extents(0 if coder.exact else coder.halo)
+        weights = coder.parameters() * len(encoding)
+        encoded = sum(coder.moved_values(rows, width, encode=True) for rows in encoding) + weights
+        decoded = sum(coder.moved_values(rows, width) for rows in self._extents(coder.halo)) + weights
+        text = sizes.text
+        per_weight = item if quantized is None else quantized
+        texts = (text.parameters - text.blocks) * item + int(text.blocks * per_weight)
+        return {phase: count * each[phase] for phase, count in self.calls().items() if phase in each} | {
+            "text": texts,
+            "encode": encoded * item,
+            "decode": decoded * item * self._decoding_passes(len(encoding)),
+        }
+
+    def tile_step(self) -> dict[str, int]:
+        """Operations and bytes of one tile in one texture step, as if alone in its batch, its ControlNet included."""
+        _, glob, _ = self.prompts
+        sizes, tokens, local, item = self.sizes, self.texture_tokens, self.padded_local, self.machine.itemsize
+        quantized = WEIGHT_BYTES.get(self.settings.quantize)
+        return {
+            "flops": sizes.control_flops(1, tokens, local) + sizes.transformer_flops(1, tokens, glob, local),
+            "bytes": sizes.control_bytes(1, tokens, local, item)
+            + sizes.transformer_bytes(1, tokens, glob, local, item, quantized),
         }
 
     def memory(self, info: PhotoInfo, width: int) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -35,7 +36,9 @@ class Diary:
         pass
 
 
-def work(source: str, target: str, bundle: str, kill_at: int | None, torn: bool, diary_path: str) -> None:
+def work(
+    source: str, target: str, bundle: str, kill_at: int | None, torn: bool, diary_path: str, tiling: str = "overlap"
+) -> None:
     """Upscale; before write number `kill_at` (pwrite or rename) die by SIGKILL, after half of its bytes if `torn`.
 
     The phase of every write is written to `diary_path`, one line each.
@@ -67,4 +70,5 @@ def work(source: str, target: str, bundle: str, kill_at: int | None, torn: bool,
 
     setattr(os, "pwrite", pwrite)  # noqa: B010
     setattr(os, "replace", replace)  # noqa: B010
-    upscale(Path(source), Path(target), open_bundle(bundle), SETTINGS, OutputConfig(), diary)
+    settings = dataclasses.replace(SETTINGS, tiling=tiling)
+    upscale(Path(source), Path(target), open_bundle(bundle), settings, OutputConfig(), diary)

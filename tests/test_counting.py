@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,87 @@ def text(sizes: BundleSizes, batch: int, tokens: int) -> TextEmbedding:
 
 def parameters(*modules: torch.nn.Module) -> int:
     return sum(p.numel() for module in modules for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("image", "known", "without_projections"), [(1024, 25.3, 25.29), (4096, 86.5, 86.52), (14400, 403.6, 403.68)]
+)
+def test_a_tile_and_step_of_flux_take_what_the_issue_says(image, known, without_projections):
+    """The issue's figures leave out the ControlNet's nine image projections M_img (0.7 % of a 512 px tile)."""
+    transformer, controlnet = BlockSizes.from_config(FLUX), BlockSizes.from_config(FLUX_CONTROL)
+    context = ContextSizes(injections=9, width=3072, head_dim=128, mlp=False)
+    flops = counting.transformer_flops(transformer, 1, image, 512) + counting.transformer_flops(
+        controlnet, 1, image, 512
+    )
+    flops += counting.context_flops(context, 1, 512, 512) + counting.keys_values_flops(context, 1, 512)
+    projections = counting.transformer_flops(controlnet, 1, image, 512)
+    projections -= counting.transformer_flops(replace(controlnet, projections=0), 1, image, 512)
+    assert flops / 1e12 == pytest.approx(known, rel=0.01)
+    assert (flops - projections) / 1e12 == pytest.approx(without_projections, abs=0.01)
+    assert (flops - projections) / 1e12 == pytest.approx(known, rel=0.001)
+
+
+class Moved:
+    """Values that the products of real networks read and write: linears over tokens, and attention."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *modules: torch.nn.Module) -> None:
+        self.activations = 0
+        for module in modules:
+            for child in module.modules():
+                if isinstance(child, torch.nn.Linear):
+                    child.register_forward_hook(self._linear)
+        attend = torch.nn.functional.scaled_dot_product_attention
+
+        def counted(query, key, value, *args, **kwargs):
+            made = attend(query, key, value, *args, **kwargs)
+            self.activations += sum(t.numel() for t in (query, key, value, made))
+            return made
+
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+
+    def _linear(self, module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        if inputs[0].ndim == 3:  # the others are single rows: modulation and time
+            self.activations += inputs[0].numel() + output.numel()
+
+
+def test_bytes_are_what_the_networks_products_move(sizes, restorer, monkeypatch):
+    z = torch.randn(BATCH, sizes.autoencoder.channels, HEIGHT, WIDTH)
+    tokens, item = HEIGHT * WIDTH // 4, 2
+    glob, local = text(sizes, 1, GLOBAL), text(sizes, BATCH, LOCAL)
+    guidance = 3.5 if sizes.transformer.guidance else None
+    moved = Moved(monkeypatch, restorer.dit, restorer.controlnet)
+    context = [block for block in restorer.dit.context_attention.blocks]
+    of_local = parameters(*(m for block in context for m in (block.to_k, block.to_v)))
+    norms = parameters(*(m for block in context for m in (block.norm_q, block.norm_k)))
+    with torch.no_grad():
+        features = restorer.controlnet(z, torch.zeros(BATCH), local, False, guidance)
+        ready = restorer.dit.prepare(features)
+        control, moved.activations = moved.activations, 0
+        for lora in (False, True):
+            with restorer.lora.on() if lora else nullcontext():
+                restorer.dit(z, torch.full((1,), 0.5), glob, ready, guidance)
+            seen, moved.activations = moved.activations, 0
+            adapter = sum(p.numel() for p in restorer.lora.parameters())
+            weights = parameters(restorer.dit) - of_local - norms - (0 if lora else adapter)
+            made = sizes.transformer_bytes(BATCH, tokens, GLOBAL, LOCAL, item, lora=lora)
+            assert made == pytest.approx((seen + weights) * item, rel=0.01), lora
+    weights = parameters(restorer.controlnet) + of_local
+    assert sizes.control_bytes(BATCH, tokens, LOCAL, item) == pytest.approx((control + weights) * item, rel=0.01)
+    quantized = sizes.transformer_bytes(BATCH, tokens, GLOBAL, LOCAL, item, 1.0)
+    assert quantized < sizes.transformer_bytes(BATCH, tokens, GLOBAL, LOCAL, item)
+
+
+def test_bytes_of_an_autoencoder_are_what_its_layers_read_and_write(bundle, sizes):
+    autoencoder, moved = bundle.open_autoencoder(CPU, torch.float32), []
+    network = getattr(autoencoder, "vae", autoencoder)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(lambda _, inputs, output: moved.append(inputs[0].numel() + output.numel()))
+    autoencoder.decode(torch.zeros(1, autoencoder.channels, 8, 6))
+    coder = sizes.autoencoder
+    transform = coder.moved_values(64, 48, encode=True) if coder.exact else 0
+    # Attention of FLUX's VAE is no convolution.
+    assert (0.999 if coder.exact else 0.85) < (sum(moved) + transform) / coder.moved_values(64, 48) <= 1.001
 
 
 @pytest.mark.parametrize(("image", "words", "step", "control"), [(1024, 128, 15.8, 2.7), (4096, 512, 74.4, 12.5)])

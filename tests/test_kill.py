@@ -20,7 +20,7 @@ class Killer:
     """Runs upscales in children of a process that has the imports."""
 
     def __init__(self, bundle: Path, folder: Path) -> None:
-        self.bundle, self.folder, self.runs = bundle, folder, 0
+        self.bundle, self.folder, self.runs, self.tiling = bundle, folder, 0, "overlap"
         self.source = folder / "photo.png"
         rng = np.random.default_rng(0)
         Image.fromarray(rng.integers(0, 255, (45, 60, 3), dtype=np.uint8)).save(self.source)
@@ -32,7 +32,7 @@ class Killer:
         diary = self.folder / f"diary{self.runs}"
         child = self.context.Process(
             target=kill_child.work,
-            args=(str(self.source), str(target), str(self.bundle), kill_at, torn, str(diary)),
+            args=(str(self.source), str(target), str(self.bundle), kill_at, torn, str(diary), self.tiling),
         )
         child.start()
         return child, diary
@@ -97,6 +97,19 @@ def test_killed_again_and_again_until_done(killer, reference) -> None:
     if journal_folder(target).exists():
         killer.run(target)
     assert target.read_bytes() == reference[0] and not journal_folder(target).exists()
+
+
+def test_killed_with_a_moving_grid(killer) -> None:
+    killer.tiling = "shifted"
+    try:
+        target = killer.folder / "shifted.png"
+        assert killer.run(target)[0] == 0
+        whole, phases = target.read_bytes(), killer.run(killer.folder / "again.png")[1]
+        writes = [i for i, phase in enumerate(phases) if phase.startswith("texture step")]
+        for number, kill_at in enumerate(random.Random(4).sample(writes, 3)):
+            check(killer, (whole, phases), f"shifted{number}", kill_at, torn=number % 2 == 1)
+    finally:
+        killer.tiling = "overlap"
 
 
 @pytest.mark.slow

@@ -128,6 +128,9 @@ def command(
     overlap: Annotated[
         int | None, typer.Option(help="Overlap of tiles in output pixels.", rich_help_panel=_METHOD)
     ] = None,
+    tiling: Annotated[
+        str | None, typer.Option(help="Tiles of texture steps: overlap or shifted.", rich_help_panel=_METHOD)
+    ] = None,
     tile_batch: Annotated[int | None, typer.Option(help="Tiles computed together.", rich_help_panel=_METHOD)] = None,
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu (default auto).", rich_help_panel=_METHOD)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamsr_cli.cli.options import UpscaleOptions, toml_table, upscale_options
-from dreamsr_cli.config import from_dict
+from dreamsr_cli.config import AUTO, from_dict
 from dreamsr_cli.errors import ConfigError, UsageError
 
 SHARED = (
@@ -25,6 +25,7 @@ SHARED = (
     "scale",
     "tile",
     "overlap",
+    "tiling",
     "tile_batch",
     "steps",
     "strength",
@@ -110,7 +111,11 @@ def _shared(table: Mapping[str, Any], typed: Mapping[str, Any], environ: Mapping
     filed = {key: value for key, value in table.items() if key in SHARED and key not in covered}
     # The [upscale] table belongs to another command, so no file is read here.
     values = {**filed, **{key: value for key, value in typed.items() if key in SHARED}}
-    return upscale_options(values, texts, Path(os.devnull))
+    options = upscale_options(values, texts, Path(os.devnull))
+    if options.config.tile == AUTO:
+        what = "chooses by photo, and a comparison wants one size"
+        raise UsageError(f"{options.origin['tile']} auto {what}", "give a number of pixels")
+    return options
 
 
 def _check(settings: EvalSettings) -> None:

@@ -13,19 +13,22 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dreamsr_cli.config import (
+    AUTO,
     CAPTIONERS,
     OFFLOADS,
     PROMPT_MODES,
     QUANTIZATIONS,
+    TILINGS,
     OutputConfig,
     UpscaleConfig,
     from_dict,
     is_captioner,
     load_toml,
     parse_memory,
+    words_of,
 )
 from dreamsr_cli.errors import ConfigError, UsageError
 
@@ -50,6 +53,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "prompt_mode": PROMPT_MODES,
+    "tiling": TILINGS,
     "color_fix": ("wavelet", "adain", "none"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "quantize": QUANTIZATIONS,
@@ -204,7 +208,10 @@ def from_flags(flags: Mapping[str, Any]) -> Layer:
 
 def parse_setting(kind: Any, text: str, variable: str) -> Any:
     """The value of type `kind` that the text of an environment variable says. Raises `UsageError`."""
-    kinds = [k for k in (typing.get_args(kind) or (kind,)) if k is not type(None)]
+    words = words_of(kind)
+    kinds = [
+        k for k in (typing.get_args(kind) or (kind,)) if k is not type(None) and typing.get_origin(k) is not Literal
+    ]
     if kinds == [bool]:
         words = {
             "1": True,
@@ -219,11 +226,15 @@ def parse_setting(kind: Any, text: str, variable: str) -> Any:
         if text.lower() not in words:
             raise UsageError(f"{variable}: {text!r} is neither true nor false", f"set {variable}=1 or {variable}=0")
         return words[text.lower()]
+    if text.lower() in words:
+        return text.lower()
     try:
         return kinds[0](text)
     except ValueError as error:
         number = "a whole number" if kinds == [int] else "a number"
-        raise UsageError(f"{variable}: {text!r} is not {number}", f"set it to {number}, or unset {variable}") from error
+        number += "".join(f" or {word}" for word in words)
+        drop = f"{'leave out' if variable.startswith('--') else 'unset'} {variable}"
+        raise UsageError(f"{variable}: {text!r} is not {number}", f"set it to {number}, or {drop}") from error
 
 
 def check_exclusive(given: list[str], origin: Mapping[str, str]) -> None:
@@ -235,7 +246,7 @@ def check_exclusive(given: list[str], origin: Mapping[str, str]) -> None:
 
 def check_setting(name: str, value: Any, origin: str) -> None:
     """Raise `UsageError`, naming `origin`, unless `value` is one that the setting may have."""
-    if name in _RANGES:
+    if name in _RANGES and value != AUTO:
         low, high = _RANGES[name]
         if not low <= value <= high:
             raise UsageError(f"{origin} {value} is out of range", f"use {low} to {high}")

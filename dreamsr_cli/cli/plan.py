@@ -12,6 +12,8 @@ from dreamsr_cli.config import OutputConfig, UpscaleConfig
 
 if TYPE_CHECKING:
     from dreamsr_cli.models.bundle import Bundle
+    from dreamsr_cli.settings import Settings
+    from dreamsr_cli.tile_choice import TileChoice
 
 _PHASES = {
     "text": "text",
@@ -40,7 +42,7 @@ class Planner:
         from dreamsr_cli.sampler import CONTROL_BYTES
         from dreamsr_cli.workload import Limits
 
-        self._settings, self._output = check_settings(config, bundle), output
+        self._settings, self._output, self._memory = check_settings(config, bundle), output, config.memory
         self._sizes = read_sizes(bundle.config, bundle.part_folder)
         device = choose_device(config.device)
         precision = dtype_name(choose_dtype(config.precision, device))
@@ -51,16 +53,25 @@ class Planner:
         itemsize = 4 if config.precision == "fp32" else 2  # cards compute in 16 bits unless asked not to
         self._cards = {gigabytes: fitting(self._sizes, itemsize, tile, gigabytes) for gigabytes in CARDS}
 
+    def settle(self, job: Job) -> tuple[Settings, TileChoice | None]:
+        """The settings for one photo, with the tile that `--tile auto` chooses."""
+        from dreamsr_cli.images import read_info
+        from dreamsr_cli.tile_choice import settle_tile
+
+        about = (job.source, read_info(job.source), job.target, self._output)
+        return settle_tile(self._settings, self._memory, *about, self._sizes, self._machine, self._limits)
+
     def plan(self, job: Job) -> dict[str, Any]:
         """The plan of one photo as JSON-able data. Raises `InputError` for what is no photo, or doesn't suit."""
         from dreamsr_cli.images import read_info
         from dreamsr_cli.planning import plan
 
+        settings, choice = self.settle(job)
         made = plan(
             job.source,
             read_info(job.source),
             job.target,
-            self._settings,
+            settings,
             self._output,
             self._sizes,
             self._machine,
@@ -71,30 +82,66 @@ class Planner:
             made = replace(made, stops_because=(*made.stops_because, f"{job.target} exists already{kept}"))
         made = replace(made, stops_because=(*made.stops_because, *self._lacks))
         cards = {str(size): None if found is None else found.to_json() for size, found in self._cards.items()}
-        return {**made.to_json(), "memory_mode": self._settings.memory, "cards": cards}
+        chosen = None if choice is None else choice.to_json()
+        return {**made.to_json(), "tile_choice": chosen, "memory_mode": self._settings.memory, "cards": cards}
 
 
 def plan_table(plan: dict[str, Any]) -> str:
     """A plan for people, a few lines."""
     columns, rows, tiles = plan["columns"], plan["rows"], plan["tiles"]
-    calls, flops = plan["calls"], plan["flops"]
+    calls, flops, step = plan["calls"], plan["flops"], plan["tile_step"]
     control = calls["remove_control"] + calls["texture_control"]
     size = f"{plan['source_width']:,} x {plan['source_height']:,} to {plan['width']:,} x {plan['height']:,} pixels"
     lines = {
         "size": f"{size}, {plan['format']}, {plan['bit_depth']} bit",
         "tiles": f"{tiles:,} ({rows} rows x {columns} columns) of {plan['tile'][0]} x {plan['tile'][1]} pixels, "
-        f"overlap {plan['overlap']}, in {plan['batches']:,} batches of {plan['tile_batch']}",
+        f"overlap {plan['overlap']}, in {plan['batches']:,} batches of {plan['tile_batch']}" + _tiling(plan),
         "calls": f"ControlNet {control:,}, transformer {calls['remove'] + calls['texture']:,}, "
         f"prompts up to {calls['text']:,}, decoded strips {calls['decode']:,}",
-        "work": f"{_short(flops['total'])} operations ({_shares(flops)})",
+        "work": f"{_short(flops['total'])} operations ({_shares(flops)}); a tile and step {_short(step['flops'])} "
+        f"operations, {_bytes(step['bytes'])} read and written",
+        "floor": _floor(plan["floor"]),
         "memory": _memory(plan),
         "phases": _phases(plan),
         "disk": f"{_bytes(plan['disk']['total'])} while in work, {_bytes(plan['free_disk'])} free",
         "time": _time(plan),
     }
     head = one_line(f"{plan['input']} -> {plan['output']}")
-    told = [f"  {name:<7} {one_line(text)}" for name, text in lines.items()] + _cards(plan)
+    told = [f"  {name:<7} {one_line(text)}" for name, text in lines.items()] + _choice(plan) + _cards(plan)
     return "\n".join([head, *told, *(f"  STOPS   {one_line(reason)}" for reason in plan["stops_because"])])
+
+
+def _tiling(plan: dict[str, Any]) -> str:
+    return "" if plan["tiling"] == "overlap" else f"; {plan['texture_tiles']:,} {plan['tiling']} ones in texture steps"
+
+
+def _floor(floor: dict[str, Any] | None) -> str:
+    """The least time, and by which peak."""
+    if floor is None:
+        return "not known, the speed was not measured"
+    peak = f"{_short(floor['flops_per_second'])}FLOP/s, {_short(floor['bytes_per_second'])}B/s, {floor['source']}"
+    return f"{_duration(floor['seconds'])} at the device's peak ({peak})"
+
+
+CHOICES_SHOWN = 4
+"""Sides of `--tile auto` that people are shown; JSON has all."""
+
+
+def _choice(plan: dict[str, Any]) -> list[str]:
+    """What `--tile auto` weighed: the chosen one, then the best of the others."""
+    choice = plan["tile_choice"]
+    if choice is None:
+        return []
+    if not choice["options"]:
+        return [f"  auto    tile {choice['chosen']}, that of the unfinished run"]
+    first = next(option for option in choice["options"] if option["tile"] == choice["chosen"])
+    others = [option for option in choice["options"] if option is not first]
+    return [f"  auto    {_option(option)}" for option in [first, *others[: CHOICES_SHOWN - 1]]]
+
+
+def _option(option: dict[str, Any]) -> str:
+    text = f"tile {option['tile']}: {option['tiles']:,} tiles, {_short(option['flops'])} operations"
+    return f"{text}, {_bytes(option['memory'])}{'' if option['fits'] else ', does NOT fit'}"
 
 
 def _memory(plan: dict[str, Any]) -> str:

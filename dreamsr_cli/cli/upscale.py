@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from dreamsr_cli.cli.console import make_display
-from dreamsr_cli.cli.options import upscale_options
+from dreamsr_cli.cli.options import parse_setting, upscale_options
 from dreamsr_cli.cli.upscaling import Upscaling
 
 EPILOG = """
@@ -30,6 +30,8 @@ dreamsr upscale cat.jpg --tile-prompt '640,200=a red brick wall'  →  a text fo
 dreamsr upscale cat.jpg --prompts cat.jpg.prompts.json  →  texts from a file, see docs/prompts.md
 
 dreamsr upscale scan.tif --dry-run  →  tiles, memory, disk and time, nothing written
+
+dreamsr upscale scan.tif --tile auto --tiling shifted  →  the fewest operations
 
 A setting can also be given in the environment (DREAMSR_TILE=512) or in table upscale of ./dreamsr.toml (tile = 512).
 
@@ -142,14 +144,23 @@ def command(
         ),
     ] = None,
     tile: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            help="Tile side in output pixels, a multiple of 16; 0: one tile (default 512).", rich_help_panel=_TILES
+            metavar="PIXELS|auto",
+            help="Tile side in output pixels, a multiple of 16; 0: one tile; auto: fewest operations (default 512).",
+            rich_help_panel=_TILES,
         ),
     ] = None,
     overlap: Annotated[
         int | None,
         typer.Option(help="Overlap of tiles in output pixels, a multiple of 16 (default 64).", rich_help_panel=_TILES),
+    ] = None,
+    tiling: Annotated[
+        str | None,
+        typer.Option(
+            help="Tiles of texture steps: overlap, or shifted: side by side, moving by --overlap (default overlap).",
+            rich_help_panel=_TILES,
+        ),
     ] = None,
     tile_batch: Annotated[
         int | None, typer.Option(help="Tiles computed together, 1 to 64 (default 4).", rich_help_panel=_TILES)
@@ -260,6 +271,7 @@ def command(
     """Restore and enlarge photos with the DreamSR method, on any machine, without a network."""
     given = dict(locals())
     flags = {name: value for name, value in given.items() if name not in ("inputs", "dry_run", "as_json", "quiet")}
+    flags["tile"] = None if tile is None else parse_setting(int | Literal["auto"] | None, tile.strip(), "--tile")
     flags["tile_prompt"] = tuple(tile_prompt) if tile_prompt else None
     options = upscale_options(flags, os.environ, Path.cwd())
     return Upscaling(inputs, options, as_json, make_display(quiet), dry_run).run()

@@ -87,7 +87,7 @@ class Upscaling(PhotoBatch):
                 self._tell(entry, entry.problem)
                 continue
             with self.display.photo(f"[{number}/{self.total}] {entry.source.name}"):
-                outcome = self._plan(entry, planner, settings)
+                outcome = self._plan(entry, planner)
             self._tell(entry, outcome)
 
     def _output(self, is_file: bool) -> OutputConfig:
@@ -145,9 +145,9 @@ class Upscaling(PhotoBatch):
         write_fidelity_page(found, page)
         return {"report": str(page), "fidelity": found.to_json()}
 
-    def _plan(self, job: Job, planner: Planner, settings: Settings) -> dict[str, Any] | DreamSRError:
+    def _plan(self, job: Job, planner: Planner) -> dict[str, Any] | DreamSRError:
         try:
-            return {**planner.plan(job), **self._plan_prompts(job, settings)}
+            return {**planner.plan(job), **self._plan_prompts(job, planner.settle(job)[0])}
         except UsageError:
             raise  # it would be wrong for every photo
         except Exception as error:
