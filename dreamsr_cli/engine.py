@@ -27,17 +27,18 @@ from dreamsr_cli.journal_files import RowFile
 from dreamsr_cli.machine import describe_machine
 from dreamsr_cli.models.autoencoder import STRIDE
 from dreamsr_cli.models.bundle import Bundle
+from dreamsr_cli.models.compiling import compile_blocks, compile_errors, compiled_code
 from dreamsr_cli.models.quantization import MemoryMode, cannot_run
 from dreamsr_cli.photo_writer import PhotoWriter, check_canvas
+from dreamsr_cli.planning import Plan, record_efficiency
 from dreamsr_cli.planning import plan as plan_work
-from dreamsr_cli.planning import record_efficiency
 from dreamsr_cli.progress import Progress
 from dreamsr_cli.prompts import PromptPlan, photo_id
 from dreamsr_cli.prompts_file import write_prompts
 from dreamsr_cli.prompts_in_use import give_prompts, make_prompts, place_to_save
-from dreamsr_cli.sampler import CONTROL_BYTES, ENCODE, PIXELS, REMOVE, Sampler, Texts, texture_name
+from dreamsr_cli.sampler import ENCODE, PIXELS, REMOVE, Sampler, Texts, texture_name
 from dreamsr_cli.settings import Settings, check_settings
-from dreamsr_cli.tiling import TileGrid
+from dreamsr_cli.text_buckets import asked_bucket
 from dreamsr_cli.workload import Limits
 
 CAPTIONS_FILE = "captions.jsonl"
@@ -68,7 +69,7 @@ class UpscaleResult:
         """One flat JSON object; sizes in pixels, `scale` the factor reached."""
         plain = to_dict(self)
         settings = plain.pop("settings")
-        for name in ("long_side", "short_side", "prompt"):
+        for name in ("long_side", "short_side", "prompt", "fit_batch"):
             settings.pop(name)
         settings["scale"] = round(self.width / self.source_width, 4)
         plain["seconds"] = round(self.seconds, 3)
@@ -107,7 +108,10 @@ def upscale(
             output,
             read_sizes(bundle.config, bundle.part_folder),
             describe_machine(device, settings.precision, measure=False),
-            Limits(STRIP, CONTROL_BYTES),
+            Limits(STRIP),
+        )
+        settings = dataclasses.replace(
+            settings, tile_batch=work.tile_batch if settings.fit_batch else settings.tile_batch
         )
         width, height, grid, format = work.width, work.height, work.grid, work.format
         check_canvas(photo_path, width, height, max_pixels=output.max_pixels, format=format)
@@ -143,7 +147,10 @@ def upscale(
             make = partial(make_prompts, photo, grid, width, height, given, settings, device)
             plan = _prompts(journal, make, progress)
             try:
-                z_0 = _restore(enlarged, plan, grid, shape, settings, bundle, journal, output.backoff, progress, notes)
+                with compile_errors():
+                    z_0 = _restore(
+                        enlarged, plan, work, shape, settings, bundle, journal, output.backoff, progress, notes
+                    )
             except torch.OutOfMemoryError as error:
                 hint = f"use --tile-batch 1, or --tile {smaller_tile(grid.tile_width)} with --restart"
                 raise DeviceError(f"{photo_path}: out of memory on {device}", hint) from error
@@ -193,7 +200,7 @@ def _prompts(journal: Journal, make: Callable[[Path, Progress], PromptPlan], pro
 def _restore(
     enlarged: EnlargedPhoto,
     plan: PromptPlan,
-    grid: TileGrid,
+    planned: Plan,
     shape: tuple[int, int, int],
     settings: Settings,
     bundle: Bundle,
@@ -203,13 +210,13 @@ def _restore(
     notes: list[str],
 ) -> RowFile:
     """z_0 of the canvas: encode, remove, renoise, texture. Each network is opened, used and freed in its turn."""
-    device, dtype = torch.device(settings.device), PRECISIONS[settings.precision]
+    device, dtype, grid = torch.device(settings.device), PRECISIONS[settings.precision], planned.grid
     last = texture_name(settings.steps) if settings.strength > 0 else "z_dr"
     if journal.has(last):
         return journal.piece(last, settings.steps, shape).file
     local_to_both = settings.prompt_mode == "local"
     mode = MemoryMode(settings.quantize, settings.offload)
-    texts, mask_pads = _embed(plan, local_to_both, bundle, device, dtype, mode, progress, notes)
+    texts, mask_pads = _embed(plan, local_to_both, settings.text_bucket, bundle, device, dtype, mode, progress, notes)
 
     encoded = "z_lq" if settings.removal else "z_dr"
     if not journal.has("z_dr"):
@@ -222,16 +229,21 @@ def _restore(
 
     restorer = bundle.open_restorer(device, dtype, mask_pads, mode, False)
     sampling, control = bundle.config.sampling, bundle.config.control
+    if settings.compile:
+        compile_blocks(restorer)
+        progress.note(f"--compile: the first tiles take longer; what is translated is kept in {compiled_code()}")
 
     def make_sampler(work: WorkPlan) -> Sampler:
         restorer.place(work.offload)
-        return Sampler(restorer, grid, texts, sampling, control, work.tile_batch, journal, progress, work.control_bytes)
+        room = (work.control_bytes, work.control_host)
+        return Sampler(restorer, grid, texts, sampling, control, work.tile_batch, journal, progress, *room)
 
     def settled() -> dict[str, Any]:
-        start = WorkPlan(settings.tile_batch, CONTROL_BYTES, settings.offload)
+        room = planned.control
+        start = WorkPlan(settings.tile_batch, room["device"], settings.offload, room["host"])
         if device.type == "cpu":
             return start.to_json()
-        movable = not cannot_run(MemoryMode(settings.quantize, "block"), device.type)
+        movable = not settings.compile and not cannot_run(MemoryMode(settings.quantize, "block"), device.type)
         start = place_weights(restorer, start, movable and backoff, progress)
 
         def attempt(work: WorkPlan) -> None:
@@ -272,7 +284,7 @@ def _fingerprint(
     """What decides the result's bytes, one by one (docs/decisions.md, Sameness)."""
     return {
         "input_sha256": photo.sha256,
-        **{name: value for name, value in to_dict(settings).items() if name != "memory"},
+        **{name: value for name, value in to_dict(settings).items() if name not in ("memory", "fit_batch")},
         "device": device.type,
         "threads": torch.get_num_threads(),
         "bundle_sha256": bundle.sha256,
@@ -287,7 +299,7 @@ def _fingerprint(
 
 def _made_by(settings: Settings, bundle: Bundle, plan: PromptPlan) -> dict[str, Any]:
     """What is recorded in the result: settings, model and version, and no path of the user's."""
-    chosen = {k: v for k, v in to_dict(settings).items() if v not in (None, [])}
+    chosen = {k: v for k, v in to_dict(settings).items() if v not in (None, []) and k != "fit_batch"}
     chosen["captioner"] = Path(settings.captioner).name  # it may be a folder
     return {
         "dreamsr": __version__,
@@ -301,6 +313,7 @@ def _made_by(settings: Settings, bundle: Bundle, plan: PromptPlan) -> dict[str, 
 def _embed(
     plan: PromptPlan,
     local_to_both: bool,
+    text_bucket: int | None,
     bundle: Bundle,
     device: torch.device,
     dtype: torch.dtype,
@@ -312,14 +325,14 @@ def _embed(
     was cut is added to `notes`."""
     encoder = bundle.open_text_encoder(device, dtype, mode)
     local = [tile.text for tile in plan.tiles]
-    most = bundle.config.defaults.max_text_tokens
-    embeddings, cut = encoder.encode([plan.global_text, *local], most)
+    most, buckets = asked_bucket(text_bucket, bundle.config.defaults.max_text_tokens, encoder.buckets)
+    embeddings, cut = encoder.encode([plan.global_text, *local], most, buckets)
     for index in cut:
         which = f"the prompt of tile {index - 1}, {list(plan.tiles[index - 1].box)}," if index else "the global prompt"
         notes.append(f"{which} is longer than {most} tokens and was cut")
         progress.note(notes[-1])
     progress.advance()
-    return Texts(embeddings[0], embeddings[1:], local_to_both, most), not encoder.pads_are_seen
+    return Texts(embeddings[0], embeddings[1:], local_to_both, most, buckets), not encoder.pads_are_seen
 
 
 def _release(device: torch.device) -> None:
