@@ -22,9 +22,11 @@ class WorkPlan:
     tile_batch: int
     """Tiles per network call."""
     control_bytes: int
-    """Control features kept between steps, at most."""
+    """Control features kept on the device between steps, at most."""
     offload: str = "none"
     """What waits in RAM (`Restorer.place`)."""
+    control_host: int = 0
+    """Control features kept in RAM beside a device, at most, in bytes."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the journal."""
@@ -42,7 +44,8 @@ def next_plan(plan: WorkPlan, device: torch.device, movable: bool = True) -> tup
             plan, tile_batch=half
         ), f"--tile-batch {plan.tile_batch} doesn't fit: going on with {half}"
     if plan.control_bytes:
-        return dataclasses.replace(plan, control_bytes=0), "control features are computed again instead of kept"
+        instead = "wait in RAM" if plan.control_host else "are computed again instead of kept"
+        return dataclasses.replace(plan, control_bytes=0), f"control features {instead}"
     if plan.offload != "block" and movable and device.type != "cpu":
         return dataclasses.replace(plan, offload="block"), "weights wait in RAM and go to the device block by block"
     return None

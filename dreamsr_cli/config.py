@@ -33,7 +33,7 @@ TILINGS = ("overlap", "shifted")
 AUTO: Literal["auto"] = "auto"
 """`--tile auto`: the side is chosen by photo."""
 TILE_BATCH = 4
-"""Tiles per network call where nobody says otherwise."""
+"""Tiles per network call where nobody says otherwise, at most."""
 PROMPT_MODES = ("both", "global", "local")
 """Which texts the two networks get; see `UpscaleConfig.prompt_mode`."""
 MAX_INPUT_PIXELS = 1_000_000_000
@@ -227,7 +227,12 @@ class UpscaleConfig:
     device: str = "auto"
     """"auto", "cpu", "cuda", "cuda:N", "mps" or "xpu"."""
     tile_batch: int | None = None
-    """Tiles per network call, 1 to 64; None: what `memory` says, else `TILE_BATCH`."""
+    """Tiles per network call, 1 to 64; None: at most what `memory` says, else `TILE_BATCH`, and what leaves the last
+    batch fullest; one on a CPU of few threads."""
+    text_bucket: int | None = None
+    """Tokens that prompts are padded to, and cut at; None: the smallest of a few lengths that holds the longest."""
+    compile: bool = False
+    """Translate the networks' blocks with torch.compile before they are used."""
     quantize: str | None = None
     """Weights of transformer and T5, one of `QUANTIZATIONS`; None: what `memory` says, else "none"."""
     offload: str | None = None

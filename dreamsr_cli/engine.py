@@ -25,6 +25,7 @@ from dreamsr_cli.journal import Journal
 from dreamsr_cli.journal_files import RowFile
 from dreamsr_cli.machine import describe_machine
 from dreamsr_cli.models.bundle import Bundle
+from dreamsr_cli.models.compiling import compile_blocks, compile_errors, compiled_code
 from dreamsr_cli.models.open_parts import RESTORER, TEXT_ENCODER, OpenParts
 from dreamsr_cli.models.quantization import MemoryMode, cannot_run
 from dreamsr_cli.overlap import beside
@@ -34,9 +35,10 @@ from dreamsr_cli.planning import Plan
 from dreamsr_cli.planning import plan as plan_work
 from dreamsr_cli.progress import Progress, SilentProgress
 from dreamsr_cli.residency import decide_residency, fits_beside
-from dreamsr_cli.sampler import CONTROL_BYTES, ENCODE, PIXELS, REMOVE, Sampler, Texts, texture_name
+from dreamsr_cli.sampler import ENCODE, PIXELS, REMOVE, Sampler, Texts, texture_name
 from dreamsr_cli.settings import Settings, check_settings
-from dreamsr_cli.texts_ahead import TEXT_BYTES, TextsAhead, texts_of, waiting_bytes
+from dreamsr_cli.text_buckets import BYTE_BUCKETS, T5_BUCKETS, asked_bucket
+from dreamsr_cli.texts_ahead import TEXT_BYTES, TextsAhead, texts_of
 from dreamsr_cli.tile_choice import settle_tile
 from dreamsr_cli.workload import Limits
 
@@ -84,7 +86,7 @@ class Engine:
         self.bundle, self.output = bundle, output
         self._sizes = read_sizes(bundle.config, bundle.part_folder)
         self._threads = torch.get_num_threads()
-        self._limits = Limits(STRIP, CONTROL_BYTES)
+        self._limits = Limits(STRIP)
         machine = describe_machine(self.device, self.settings.precision, measure=False)
         self._free_before, self._memory = machine.memory, config.memory
         mode = MemoryMode(settings.quantize, settings.offload)
@@ -156,7 +158,8 @@ class Engine:
                 raise self._too_small(job) from error
 
     def _compute(self, job: PhotoJob, progress: Progress) -> None:
-        z_0 = _restore(job, self.parts, self._texts, progress)
+        with compile_errors():
+            z_0 = _restore(job, self.parts, self._texts, progress)
         self.parts.release()
         decoded = DecodedCanvas(z_0, job.work.width, self.parts.autoencoder(), self.device, progress)
         _write(job.enlarged, decoded, job.open_writer(), self.settings.color_fix, job.journal)
@@ -180,7 +183,7 @@ class Engine:
         """
         self.parts.close()
         self.ahead.clear()
-        looked_at, most = 0, self.bundle.config.defaults.max_text_tokens
+        looked_at, most = 0, self._lengths[0]
         progress.phase("describe", len(orders))
         with Captioner(self.settings.captioner, CaptionConfig(), self.device) as captioner:
             for order in orders:
@@ -190,20 +193,20 @@ class Engine:
                     self.ahead.plans[order.out] = job.plan
                 progress.advance()
                 width, itemsize = self._sizes.text.width, self.parts.dtype.itemsize
-                if waiting_bytes(self.ahead.texts(), most, width, itemsize) > TEXT_BYTES:
+                if self.ahead.waiting() * most * width * itemsize > TEXT_BYTES:
                     break
         if self.ahead.plans and TEXT_ENCODER not in self.residency.keep:
-            self.ahead.embed(self.parts.text_encoder(), most)
+            self.ahead.embed(self.parts.text_encoder(), *self._lengths)
             self.parts.release()
         return looked_at
 
     def _texts(self, job: PhotoJob, progress: Progress) -> tuple[Texts, bool]:
         """Embeddings of the global and of every local prompt, and whether padding is masked. What was cut is noted."""
-        plan, most = job.plan, self.bundle.config.defaults.max_text_tokens
+        plan, (most, buckets) = job.plan, self._lengths
         found, mask_pads = self.ahead.find(texts_of(plan)), self.ahead.masks_pads
         if found is None:
             encoder = self.parts.text_encoder()
-            found, mask_pads = encoder.encode(texts_of(plan), most), not encoder.pads_are_seen
+            found, mask_pads = encoder.encode(texts_of(plan), most, buckets), not encoder.pads_are_seen
             del encoder
             self.parts.release()
         embeddings, cut = found
@@ -213,7 +216,13 @@ class Engine:
             job.notes.append(f"{which} is longer than {most} tokens and was cut")
             progress.note(job.notes[-1])
         local_to_both = self.settings.prompt_mode == "local"
-        return Texts(embeddings[0], embeddings[1:], local_to_both, most), mask_pads
+        return Texts(embeddings[0], embeddings[1:], local_to_both, most, buckets), mask_pads
+
+    @property
+    def _lengths(self) -> tuple[int, tuple[int, ...]]:
+        """Tokens at which prompts are cut, and lengths they may be padded to."""
+        buckets = T5_BUCKETS if self._sizes.text.bytes_per_token is None else BYTE_BUCKETS
+        return asked_bucket(self.settings.text_bucket, self._sizes.max_text_tokens, buckets)
 
     @property
     def _captions(self) -> bool:
@@ -236,7 +245,8 @@ class Engine:
         about = (order.photo, info, order.out)
         known = (self._sizes, machine, self._limits)
         settings, _ = settle_tile(self.settings, self._memory, *about, self.output, *known)
-        return plan_work(*about, settings, self.output, *known), settings
+        work = plan_work(*about, settings, self.output, *known)
+        return work, dataclasses.replace(settings, tile_batch=work.tile_batch) if settings.fit_batch else settings
 
     def _too_small(self, job: PhotoJob) -> DeviceError:
         hint = f"use --tile-batch 1, or --tile {smaller_tile(job.grid.tile_width)} with --restart"
@@ -267,17 +277,20 @@ def _restore(
 
     restorer = parts.restorer(mask_pads)
     sampling, control = job.bundle.config.sampling, job.bundle.config.control
+    if settings.compile and compile_blocks(restorer):
+        progress.note(f"--compile: the first tiles take longer; what is translated is kept in {compiled_code()}")
 
     def make_sampler(work: WorkPlan) -> Sampler:
         restorer.place(work.offload)
-        about = (work.tile_batch, journal, progress, work.control_bytes, settings.tiling)
+        about = (work.tile_batch, journal, progress, work.control_bytes, work.control_host, settings.tiling)
         return Sampler(restorer, grid, texts, sampling, control, *about)
 
     def settled() -> dict[str, Any]:
-        start = WorkPlan(settings.tile_batch, CONTROL_BYTES, settings.offload)
+        room = job.work.control
+        start = WorkPlan(settings.tile_batch, room["device"], settings.offload, room["host"])
         if device.type == "cpu":
             return start.to_json()
-        movable = not cannot_run(MemoryMode(settings.quantize, "block"), device.type)
+        movable = not settings.compile and not cannot_run(MemoryMode(settings.quantize, "block"), device.type)
         # What is open from other phases must not decide the batch, and so the bytes.
         with suppress(torch.OutOfMemoryError):
             make_sampler(start).probe()

@@ -86,7 +86,9 @@ def describe_machine(device: torch.device, precision: str, measure: bool = True)
     if device.type == "cpu":
         name = _processor() or name
     elif device.type == "cuda":
-        name, device_memory = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0]
+        # What this process holds on the card already is its own to use again.
+        device_memory = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        name = torch.cuda.get_device_name(device)
     else:
         name = device.type
     forbidden = os.environ.get(NO_PROBE, "") not in ("", "0")

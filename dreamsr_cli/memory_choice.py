@@ -23,6 +23,7 @@ class Decision:
 
     mode: MemoryMode
     tile_batch: int
+    """Tiles per network call, at most."""
     sentence: str | None
     """What `--memory` chose, for people; None where it wasn't given."""
 

@@ -49,6 +49,10 @@ class Order:
     """A file with this photo's prompts, which the captioner then doesn't make."""
 
 
+UNSEEN = ("memory", "tile_auto", "fit_batch")
+"""Settings that say how others were chosen, and decide no byte themselves."""
+
+
 @dataclass(frozen=True)
 class UpscaleResult:
     """What was made, and everything needed to make it again."""
@@ -74,7 +78,7 @@ class UpscaleResult:
         """One flat JSON object; sizes in pixels, `scale` the factor reached."""
         plain = to_dict(self)
         settings = plain.pop("settings")
-        for name in ("long_side", "short_side", "prompt"):
+        for name in ("long_side", "short_side", "prompt", "fit_batch"):
             settings.pop(name)
         settings["scale"] = round(self.width / self.source_width, 4)
         plain["seconds"] = round(self.seconds, 3)
@@ -274,7 +278,7 @@ def _fingerprint(
     """What decides the result's bytes, one by one (docs/decisions.md, Sameness)."""
     return {
         "input_sha256": photo.sha256,
-        **{name: value for name, value in to_dict(settings).items() if name not in ("memory", "tile_auto")},
+        **{name: value for name, value in to_dict(settings).items() if name not in UNSEEN},
         "device": torch.device(settings.device).type,
         "threads": threads,
         "bundle_sha256": bundle.sha256,
@@ -289,7 +293,7 @@ def _fingerprint(
 
 def _made_by(settings: Settings, bundle: Bundle, plan: PromptPlan) -> dict[str, Any]:
     """What is recorded in the result: settings, model and version, and no path of the user's."""
-    chosen = {k: v for k, v in to_dict(settings).items() if v not in (None, [])}
+    chosen = {k: v for k, v in to_dict(settings).items() if v not in (None, []) and k != "fit_batch"}
     chosen["captioner"] = Path(settings.captioner).name  # it may be a folder
     return {
         "dreamsr": __version__,

@@ -12,6 +12,7 @@ from typing import Any
 
 from dreamsr_cli.bundle_sizes import BundleSizes
 from dreamsr_cli.config import MAX_INPUT_PIXELS, MAX_OUTPUT_PIXELS, OutputConfig
+from dreamsr_cli.control_room import with_control_room
 from dreamsr_cli.counting_pixels import STRIDE
 from dreamsr_cli.errors import InputError, UsageError
 from dreamsr_cli.images import PhotoInfo
@@ -66,6 +67,8 @@ class Plan:
     phases: dict[str, Phase]
     """What "text", "restore" and "decode" need on the device, one after the other."""
     tiling: str
+    control: dict[str, int]
+    """Control features: bytes that may be kept on the "device" and in RAM beside it ("host"), batches "kept"."""
     quantize: str
     offload: str
     disk: dict[str, int]
@@ -128,6 +131,7 @@ class Plan:
             "floor": None if self.floor is None else self.floor.to_json(),
             "memory": self.memory,
             "phases": {name: phase.to_json() for name, phase in self.phases.items()},
+            "control": self.control,
             "quantize": self.quantize,
             "offload": self.offload,
             "fits_memory": self.fits_memory,
@@ -162,7 +166,7 @@ def plan(
     grid = make_grid(height, width, settings.tile, settings.overlap)
     format = resolve_format(output.format, out_path, info)
     bit_depth = resolve_bit_depth(output.bit_depth, format, info)
-    work = Workload(grid, settings, sizes, machine, limits)
+    work = with_control_room(Workload(grid, settings, sizes, machine, limits))
     flops, moved, most = work.flops(), work.moved(), peak(machine)
     disk = disk_needed(info, format, bit_depth, width, height, grid, work.batch, sizes.autoencoder.channels)
     free = shutil.disk_usage(_existing(out_path)).free
@@ -190,6 +194,11 @@ def plan(
         memory=work.memory(info, width),
         phases=work.phases(),
         tiling=settings.tiling,
+        control={
+            "device": work.limits.control_bytes or 0,
+            "host": work.limits.control_host,
+            "kept": work.kept_features[0],
+        },
         quantize=settings.quantize,
         offload=settings.offload,
         disk=disk,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -22,6 +23,8 @@ from dreamsr_cli.config import ControlConfig, SamplingConfig
 from dreamsr_cli.draws import normal_rows
 from dreamsr_cli.journal import Journal, Piece
 from dreamsr_cli.journal_files import RowFile, Slots
+from dreamsr_cli.kept_control import KeptControl
+from dreamsr_cli.models.attention import attention_kernels
 from dreamsr_cli.models.autoencoder import STRIDE
 from dreamsr_cli.models.bundle import Restorer
 from dreamsr_cli.models.conditioned_dit import Injections
@@ -30,7 +33,9 @@ from dreamsr_cli.models.text_encoder import TextEmbedding, stack
 from dreamsr_cli.multidiffusion import finished_rows, slots_needed
 from dreamsr_cli.progress import Progress
 from dreamsr_cli.shifted_tiling import overlapping, texture_layouts
+from dreamsr_cli.text_buckets import bucket_of
 from dreamsr_cli.tiling import Tile, TileGrid
+from dreamsr_cli.transfers import LookAhead, Reading, lead, to_device
 
 REMOVAL_GUIDANCE = 1.0
 """FLUX's guidance input in the removal step, as in training (method.md)."""
@@ -39,8 +44,8 @@ ENCODE, REMOVE, RENOISE, PIXELS = -1, -2, -3, -4
 RENOISE_ROWS = 64
 """Latent rows renoised at a time."""
 CONTROL_BYTES = 512 * 2**20
-"""Control features are kept between steps up to this size in all; beyond it they are computed again, with the same
-result."""
+"""Control features are kept between steps up to this size in all where no plan says otherwise (`control_room`); beyond
+it they are computed again, with the same result."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +60,15 @@ class Texts:
     """The transformer gets each tile's local prompt too, instead of the global one (ablation)."""
     most_tokens: int = 0
     """Tokens of the longest prompt that the bundle takes; 0 where the texts of a photo are never edited."""
+    buckets: tuple[int, ...] = ()
+    """Lengths that local prompts may be padded to; none: `most_tokens`."""
 
-    @property
+    @cached_property
     def length(self) -> int:
-        """Tokens that every local prompt is padded to: with several tiles as many as a prompt can have, so that
-        another text in one tile doesn't round the numbers of the others differently."""
+        """Tokens that every local prompt is padded to: with several tiles the bucket of the longest, so that another
+        text in one tile doesn't round the numbers of the others differently unless it is in another bucket."""
         longest = max(e.tokens_BTD.shape[1] for e in self.local)
-        return longest if len(self.local) == 1 else max(longest, self.most_tokens)
+        return longest if len(self.local) == 1 else max(longest, bucket_of(longest, self.most_tokens, self.buckets))
 
 
 class Sampler:
@@ -82,16 +89,19 @@ class Sampler:
         journal: Journal,
         progress: Progress,
         control_bytes: int = CONTROL_BYTES,
+        control_host: int = 0,
         tiling: str = "overlap",
     ) -> None:
         self.restorer, self.grid, self.texts = restorer, grid, texts
         self.layout, self.tiling = overlapping(grid), tiling
         self.sampling, self.control = sampling, control
         self.journal, self.progress = journal, progress
-        self.control_bytes = control_bytes
+        self._control_room = (control_bytes, control_host)
         self.batch = min(tile_batch, len(grid.tiles))
         self.device, self.dtype = restorer.device, next(restorer.dit.parameters()).dtype
         self._glob = stack([texts.glob.to(self.device, self.dtype)])
+        # Asked here and not in the steps: the answer has to come from the device.
+        self._fills = {id(e): e.fills(texts.length) for e in texts.local}
         self._has_guidance = bool(restorer.dit.transformer.config["guidance_embeds"])
         channels = restorer.dit.transformer.config["in_channels"] // 4
         self.shape = (channels, grid.canvas_height // STRIDE, grid.canvas_width // STRIDE)
@@ -109,7 +119,8 @@ class Sampler:
         _, _, height, width = tiles[0].latent_box()
         z_BCHW = torch.zeros(self.batch, self.shape[0], height, width, device=self.device)
         guidance = REMOVAL_GUIDANCE if self._has_guidance else None
-        self._removal_velocity(z_BCHW, tiles, guidance)
+        with attention_kernels(self.device):
+            self._removal_velocity(z_BCHW, tiles, guidance)
 
     @torch.no_grad()
     def remove(self, z_lq: RowFile) -> RowFile:
@@ -141,7 +152,7 @@ class Sampler:
             self._renoise(z_dr, source, t_start, seed)
         self.progress.advance(finished * len(layouts[0].grid.tiles))
         self.journal.drop(texture_name(k) for k in range(finished))
-        kept: dict[tuple[int, int], Injections] = {}
+        kept = KeptControl(self.device, *self._control_room)
         for step, (t, t_next) in enumerate(pairwise(ts), start=1):
             if step <= finished:
                 continue
@@ -152,10 +163,9 @@ class Sampler:
                 try:
                     return self._texture_velocity(z, z_dr, tiles, t, guidance, kept)
                 except torch.OutOfMemoryError:
-                    if not kept:
+                    if not kept.leave_device():
                         raise
-                    kept.clear()
-                    self.control_bytes = 0
+                    self._control_room = (0, self._control_room[1])
                 self.progress.note(f"out of memory on {self.device}: control features are computed again, not kept")
                 return self._texture_velocity(z, z_dr, tiles, t, guidance, kept)
 
@@ -187,7 +197,7 @@ class Sampler:
         tiles: tuple[Tile, ...],
         t: float,
         guidance: float | None,
-        kept: dict[tuple[int, int], Injections],
+        kept: KeptControl,
     ) -> Tensor:
         z_BCHW = self._crops(z, tiles)
         injections = self._texture_control(z_BCHW, z_dr, tiles, t, guidance, kept)
@@ -204,11 +214,17 @@ class Sampler:
         Goes on at latent row `ready`; batches whose slots are whole are not computed again.
         """
         self._slots.begin(step)
-        for tiles in self.layout.grid.batches(self.batch):
-            blended = all((tile.top + tile.height) // STRIDE <= ready for tile in tiles)
-            if not blended and not all(self._slots.holds(tile.index) for tile in tiles):
-                padded = tiles + (tiles[-1],) * (self.batch - len(tiles))
-                v_BCHW = velocity(padded)[: len(tiles)].float().cpu().numpy()
+        batches = list(self.layout.grid.batches(self.batch))
+        missing = [tiles for tiles in batches if not self._is_there(tiles, ready)]
+        computed = LookAhead(lambda tiles: self._padded(velocity, tiles), missing, lead(self.device))
+        to_do = {tiles[0].index for tiles in missing}
+        for tiles in batches:
+            v_BCHW = None
+            if tiles[0].index in to_do:
+                v_BCHW = computed.read(tiles)
+            elif not self._is_there(tiles, ready):  # its slots were taken meanwhile by tiles computed again
+                v_BCHW = Reading(self._padded(velocity, tiles)).array()
+            if v_BCHW is not None:
                 for tile, v_CHW in zip(tiles, v_BCHW, strict=True):
                     self._slots.put(tile.index, v_CHW)
                 self.journal.worked()
@@ -218,6 +234,16 @@ class Sampler:
                 yield ready, finished, self.layout.blend_rows(self._slots, ready, finished)
                 ready = finished
 
+    def _is_there(self, tiles: tuple[Tile, ...], ready: int) -> bool:
+        """Whether a batch needs no computing: its rows are blended, or its slots are whole."""
+        blended = all((tile.top + tile.height) // STRIDE <= ready for tile in tiles)
+        return blended or all(self._slots.holds(tile.index) for tile in tiles)
+
+    def _padded(self, velocity: Callable[[tuple[Tile, ...]], Tensor], tiles: tuple[Tile, ...]) -> Tensor:
+        """Velocities of a batch that may be short, computed at full size."""
+        with attention_kernels(self.device):
+            return velocity(tiles + (tiles[-1],) * (self.batch - len(tiles)))[: len(tiles)]
+
     def _texture_control(
         self,
         z_BCHW: Tensor,
@@ -225,16 +251,16 @@ class Sampler:
         tiles: tuple[Tile, ...],
         t: float,
         guidance: float | None,
-        kept: dict[tuple[int, int], Injections],
+        kept: KeptControl,
     ) -> Injections:
-        """Control features of stage 2, from memory where they don't depend on the step and fit `control_bytes`."""
+        """Control features of stage 2, from memory where they don't depend on the step and there is room."""
         place = self.layout.number, tiles[0].index
-        found = kept.get(place)
+        found = kept.find(place)
         if found is not None:
             return found
         made = self._control(self._crops(z_dr, tiles), tiles, t, guidance, z_BCHW)
-        if self.control.timestep == "clean" and (len(kept) + 1) * made.size <= self.control_bytes:
-            kept[place] = made
+        if self.control.timestep == "clean":
+            kept.keep(place, made)
         return made
 
     def _control(
@@ -260,13 +286,15 @@ class Sampler:
         return self._local_text(tiles) if self.texts.local_to_both else self._glob
 
     def _local_text(self, tiles: tuple[Tile, ...]) -> TextEmbedding:
-        return stack([self._local(tile) for tile in tiles], self.texts.length).to(self.device, self.dtype)
+        embeddings = [self._local(tile) for tile in tiles]
+        whole = all(self._fills[id(embedding)] for embedding in embeddings)
+        return stack(embeddings, self.texts.length, whole).to(self.device, self.dtype)
 
     def _local(self, tile: Tile) -> TextEmbedding:
         return self.texts.local[self.layout.texts[tile.index]]
 
     def _crops(self, canvas: RowFile, tiles: tuple[Tile, ...]) -> Tensor:
-        return torch.from_numpy(np.stack([canvas.crop(*tile.latent_box()) for tile in tiles])).to(self.device)
+        return to_device(np.stack([canvas.crop(*tile.latent_box()) for tile in tiles]), self.device)
 
     def _time(self, t: float) -> Tensor:
         return torch.full((1,), t, device=self.device)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from dreamsr_cli.config import AUTO, CAPTIONERS, GRAIN, PROMPT_MODES, TILINGS, UpscaleConfig, is_captioner
+from dreamsr_cli.device import choose_device
 from dreamsr_cli.errors import UsageError
 from dreamsr_cli.memory_choice import decide_memory
 from dreamsr_cli.models.bundle import Bundle
+from dreamsr_cli.models.compiling import check_compile
 from dreamsr_cli.prompt_fitting import parse_tile_prompts
 from dreamsr_cli.prompts import text_problem
 from dreamsr_cli.tiling import check_tiling
@@ -38,6 +40,11 @@ class Settings:
     precision: str
     device: str
     tile_batch: int
+    fit_batch: bool
+    """`tile_batch` is the most that a photo's grid may choose; False: it is what is used."""
+    text_bucket: int | None
+    """Tokens that prompts are padded to, and cut at; None: the bucket of the longest (`text_buckets`)."""
+    compile: bool
     quantize: str
     offload: str
     memory: str | None
@@ -84,6 +91,9 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
         precision=config.precision,
         device=config.device,
         tile_batch=memory.tile_batch,
+        fit_batch=config.tile_batch is None,
+        text_bucket=config.text_bucket,
+        compile=config.compile,
         quantize=memory.mode.quantize,
         offload=memory.mode.offload,
         memory=memory.sentence,
@@ -97,6 +107,10 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
     _check_choice("--tiling", settings.tiling, TILINGS)
     if settings.tiling == "shifted" and settings.overlap == 0 and settings.tile:
         raise UsageError("--tiling shifted moves the tiles by --overlap, which is 0", "use --overlap 64")
+    if settings.text_bucket is not None:
+        _check_range("--text-bucket", settings.text_bucket, 1, defaults.max_text_tokens)
+    if settings.compile:
+        check_compile(choose_device(config.device), memory.mode)
     _check_choice("--color-fix", settings.color_fix, COLOR_FIXES)
     if not is_captioner(settings.captioner):
         known = ", ".join(CAPTIONERS)

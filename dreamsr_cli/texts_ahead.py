@@ -3,7 +3,7 @@ encoders are loaded once for many photos. Embeddings wait in RAM, and only so ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,43 +24,36 @@ class TextsAhead:
     """By result."""
     masks_pads: bool = False
     """Of the encoder that made the embeddings."""
-    _embedded: dict[str, TextEmbedding] = field(default_factory=dict)
-    _cut: set[str] = field(default_factory=set)
+    _found: dict[tuple[str, ...], tuple[list[TextEmbedding], list[int]]] = field(default_factory=dict)
+    """What the encoder made of a photo's texts, all at once: where padding is seen, the longest decides for all."""
 
-    def texts(self) -> list[str]:
-        """Each distinct text of the plans once."""
-        return list(dict.fromkeys(text for plan in self.plans.values() for text in texts_of(plan)))
-
-    def embed(self, encoder: TextEncoder, most_tokens: int) -> None:
-        """Embed all texts of the plans."""
-        texts = self.texts()
-        made, cut = encoder.encode(texts, most_tokens)
-        self._embedded = {text: _in_ram(embedding) for text, embedding in zip(texts, made, strict=True)}
-        self._cut = {texts[index] for index in cut}
+    def embed(self, encoder: TextEncoder, most_tokens: int, buckets: Sequence[int] = ()) -> None:
+        """Embed the texts of every plan as they would be in its photo's turn."""
+        for plan in self.plans.values():
+            texts = tuple(texts_of(plan))
+            if texts not in self._found:
+                made, cut = encoder.encode(texts, most_tokens, buckets)
+                once = {text: _in_ram(embedding) for text, embedding in zip(texts, made, strict=True)}
+                self._found[texts] = [once[text] for text in texts], cut
         self.masks_pads = not encoder.pads_are_seen
 
     def find(self, texts: Sequence[str]) -> tuple[list[TextEmbedding], list[int]] | None:
-        """As `TextEncoder.encode`; None unless all are here."""
-        if not all(text in self._embedded for text in texts):
-            return None
-        cut = [index for index, text in enumerate(texts) if text in self._cut]
-        return [self._embedded[text] for text in texts], cut
+        """As `TextEncoder.encode`; None where these are not here."""
+        return self._found.get(tuple(texts))
+
+    def waiting(self) -> int:
+        """Distinct texts of the plans, counted photo by photo."""
+        return sum(len(set(texts_of(plan))) for plan in self.plans.values())
 
     def clear(self) -> None:
         """Forget everything."""
         self.plans.clear()
-        self._embedded.clear()
-        self._cut.clear()
+        self._found.clear()
 
 
 def texts_of(plan: PromptPlan) -> list[str]:
     """The global text, then the tiles'."""
     return [plan.global_text, *(tile.text for tile in plan.tiles)]
-
-
-def waiting_bytes(texts: Iterable[str], most_tokens: int, width: int, itemsize: int) -> int:
-    """Bytes of the embeddings of distinct texts, at most."""
-    return len(set(texts)) * most_tokens * width * itemsize
 
 
 def _in_ram(embedding: TextEmbedding) -> TextEmbedding:

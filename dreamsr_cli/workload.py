@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+from dreamsr_cli.batch_choice import automatic_batch
 from dreamsr_cli.bundle_sizes import BundleSizes
 from dreamsr_cli.counting_pixels import STRIDE
 from dreamsr_cli.images import PhotoInfo
@@ -14,10 +15,13 @@ from dreamsr_cli.memory_plan import WEIGHT_BYTES, Phase, PhaseWork, phases
 from dreamsr_cli.models.quantization import MemoryMode
 from dreamsr_cli.photo_pixels import IN_MEMORY
 from dreamsr_cli.shifted_tiling import Layout, texture_layouts
+from dreamsr_cli.text_buckets import BYTE_BUCKETS, T5_BUCKETS, asked_bucket, bucket_of
 from dreamsr_cli.tiling import TileGrid
 
 DESCRIBED_BYTES = 88
 """About the length of a describer's sentence, in UTF-8 bytes."""
+BYTES_PER_T5_TOKEN = 3
+"""Of English, cautiously."""
 LIBRARIES = 450 * 2**20
 """Bytes of the interpreter with all libraries loaded [measured]."""
 STRIPS_AT_ONCE = 10
@@ -50,6 +54,12 @@ class Settings(Protocol):
     @property
     def tile_batch(self) -> int: ...
     @property
+    def fit_batch(self) -> bool: ...
+    @property
+    def text_bucket(self) -> int | None: ...
+    @property
+    def memory(self) -> str | None: ...
+    @property
     def prompt(self) -> str | None: ...
     @property
     def captioner(self) -> str: ...
@@ -69,8 +79,10 @@ class Limits:
 
     strip_rows: int
     """Pixel rows encoded or decoded at a time (`canvas.STRIP`)."""
-    control_bytes: int
-    """Control features kept between steps, at most (`sampler.CONTROL_BYTES`)."""
+    control_bytes: int | None = None
+    """Control features kept on the device between steps, at most; None: as memory allows (`control_room`)."""
+    control_host: int = 0
+    """Control features kept in RAM beside a device, at most."""
 
 
 def photo_bytes(info: PhotoInfo) -> int:
@@ -105,7 +117,10 @@ class Workload:
     @property
     def batch(self) -> int:
         """Tiles per network call."""
-        return min(self.settings.tile_batch, len(self.grid.tiles))
+        tiles, most = len(self.grid.tiles), self.settings.tile_batch
+        if self.settings.fit_batch:
+            return automatic_batch(tiles, most, self.machine.device, self.machine.threads)
+        return min(most, tiles)
 
     @property
     def batches(self) -> int:
@@ -146,24 +161,46 @@ class Workload:
         tiles = len(self.grid.tiles)
         local = glob if tiles == 1 else described
         distinct = 1 if tiles == 1 else tiles + 1 if described else 1 + bool(typed)
-        text, longest = self.sizes.text, self.sizes.max_text_tokens
+        text, (longest, buckets) = self.sizes.text, self.text_lengths
+        if text.bytes_per_token is None:
+            length = bucket_of(-(-max(glob, local) // BYTES_PER_T5_TOKEN) + 1, longest, buckets)
+            return distinct, length, length
         return distinct, text.tokens(glob, longest), text.tokens(local, longest)
 
     @property
+    def text_lengths(self) -> tuple[int, tuple[int, ...]]:
+        """(tokens at which prompts are cut, lengths they may be padded to)."""
+        buckets = T5_BUCKETS if self.sizes.text.bytes_per_token is None else BYTE_BUCKETS
+        return asked_bucket(self.settings.text_bucket, self.sizes.max_text_tokens, buckets)
+
+    @property
     def padded_local(self) -> int:
-        """Tokens of a local prompt as the ControlNet sees it: with several tiles all are padded to the most that one
-        may have (`sampler.Texts.length`)."""
-        return self.prompts[2] if len(self.grid.tiles) == 1 else self.sizes.max_text_tokens
+        """Tokens of a local prompt as the ControlNet sees it: with several tiles all are padded to a bucket
+        (`sampler.Texts.length`)."""
+        return self.prompts[2] if len(self.grid.tiles) == 1 else bucket_of(self.prompts[2], *self.text_lengths)
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of one batch's control features; 0 where they change with the step."""
+        if not self.sizes.control_is_clean or not self.steps:
+            return 0
+        return self.sizes.feature_values(self.batch, self.texture_tokens, self.padded_local) * self.machine.itemsize
+
+    @property
+    def feature_batches(self) -> int:
+        """Batches of texture steps whose control features differ: those of every grid that the steps use."""
+        return self.texture_batches * min(self.steps, len(self.layouts))
 
     @cached_property
     def kept_features(self) -> tuple[int, int]:
-        """(batches whose control features are kept between steps, their bytes)."""
-        if not self.sizes.control_is_clean or not self.steps:
+        """(batches whose control features are kept between steps, bytes of them on the device)."""
+        each = self.feature_bytes
+        if not each:
             return 0, 0
-        each = self.sizes.feature_values(self.batch, self.texture_tokens, self.padded_local) * self.machine.itemsize
-        places = min(self.steps, len(self.layouts))
-        kept = min(self.texture_batches * places, self.limits.control_bytes // each)
-        return kept, kept * each
+        batches = self.feature_batches
+        near = min(batches, (self.limits.control_bytes or 0) // each)
+        far = 0 if self.machine.device == "cpu" else min(batches - near, self.limits.control_host // each)
+        return near + far, near * each
 
     def _texture_controls(self) -> int:
         """Calls of the ControlNet in texture steps: once where its features are kept, else in every step; the first
@@ -287,7 +324,8 @@ class Workload:
             )
             device = 0
         else:
-            host = max(parts["weights"], parts["rows"], parts["strips"])
+            waiting = min(self.limits.control_host, self.feature_batches * self.feature_bytes)
+            host = max(parts["weights"], parts["rows"] + waiting, parts["strips"])
             device = max(phase.device for phase in phases.values())
         return {"host": LIBRARIES + parts["photo"] + host, "device": device, **parts}
 

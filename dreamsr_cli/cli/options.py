@@ -48,6 +48,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "guidance": (0, 100),
     "seed": (0, 2**63 - 1),
     "tile_batch": (1, 64),
+    "text_bucket": (1, 4096),
     "quality": (1, 100),
     "max_pixels": (1, 10**12),
 }

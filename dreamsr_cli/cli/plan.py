@@ -39,7 +39,6 @@ class Planner:
         from dreamsr_cli.machine import describe_machine
         from dreamsr_cli.memory_choice import fitting
         from dreamsr_cli.memory_plan import CARDS
-        from dreamsr_cli.sampler import CONTROL_BYTES
         from dreamsr_cli.workload import Limits
 
         self._settings, self._output, self._memory = check_settings(config, bundle), output, config.memory
@@ -47,7 +46,7 @@ class Planner:
         device = choose_device(config.device)
         precision = dtype_name(choose_dtype(config.precision, device))
         self._machine = describe_machine(device, precision)
-        self._limits = Limits(strip_rows=STRIP, control_bytes=CONTROL_BYTES)
+        self._limits = Limits(strip_rows=STRIP)
         self._lacks = tuple(str(lack) for lack in lacking(bundle.config))
         tile = self._settings.tile or bundle.config.defaults.tile
         itemsize = 4 if config.precision == "fp32" else 2  # cards compute in 16 bits unless asked not to
@@ -103,6 +102,7 @@ def plan_table(plan: dict[str, Any]) -> str:
         "floor": _floor(plan["floor"]),
         "memory": _memory(plan),
         "phases": _phases(plan),
+        "control": _control(plan),
         "disk": f"{_bytes(plan['disk']['total'])} while in work, {_bytes(plan['free_disk'])} free",
         "time": _time(plan),
     }
@@ -160,6 +160,18 @@ def _phases(plan: dict[str, Any]) -> str:
         for name, phase in plan["phases"].items()
     ]
     return f"{'; '.join(told)} (--quantize {plan['quantize']}, --offload {plan['offload']})"
+
+
+def _control(plan: dict[str, Any]) -> str:
+    """Where control features wait between steps."""
+    control, batches = plan["control"], plan["batches"]
+    if not control["device"] and not control["host"]:
+        return "features are computed in every step"
+    places = f"{_bytes(control['device'])} on the device" if plan["machine"]["device"] != "cpu" else ""
+    places = places or f"{_bytes(control['device'])} of RAM"
+    places += f", {_bytes(control['host'])} of RAM" if control["host"] else ""
+    rest = "" if control["kept"] >= batches else "; the others' are computed in every step"
+    return f"features of {control['kept']:,} of {batches:,} batches are kept ({places}){rest}"
 
 
 def _cards(plan: dict[str, Any]) -> list[str]:

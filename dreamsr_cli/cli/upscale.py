@@ -163,7 +163,27 @@ def command(
         ),
     ] = None,
     tile_batch: Annotated[
-        int | None, typer.Option(help="Tiles computed together, 1 to 64 (default 4).", rich_help_panel=_TILES)
+        int | None,
+        typer.Option(
+            help="Tiles computed together, 1 to 64 (default: up to 4, what fills the last batch; 1 on small CPUs).",
+            rich_help_panel=_TILES,
+        ),
+    ] = None,
+    text_bucket: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Tokens that prompts are padded to, and cut at (default: the smallest bucket that holds the longest).",
+            rich_help_panel=_TILES,
+        ),
+    ] = None,
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Translate the networks first (a minute or more, once per machine), then run faster.",
+            rich_help_panel=_TILES,
+        ),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu (default auto).", rich_help_panel=_TILES)

@@ -24,6 +24,7 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 
 from dreamsr_cli.config import BundleConfig, PartConfig, from_dict, to_dict
 from dreamsr_cli.errors import ConfigError, WeightsError
+from dreamsr_cli.models.attention import join_attention
 from dreamsr_cli.models.autoencoder import Autoencoder, FluxAutoencoder, PatchAutoencoder
 from dreamsr_cli.models.conditioned_dit import ConditionedDiT
 from dreamsr_cli.models.context_attention import ContextAttention
@@ -189,6 +190,7 @@ class Bundle:
                 lora = RestorationLoRA.load(transformer, self.part_folder("lora"))
             for parameter in lora.parameters():
                 parameter.data = parameter.data.to(dtype)
+        join_attention((transformer, controlnet))
         dit = ConditionedDiT(transformer, context, control.map, mask_pads)
         made = len(controlnet.transformer_blocks)
         if dit.features_needed != made:

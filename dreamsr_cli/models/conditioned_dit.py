@@ -41,6 +41,26 @@ class Injections:
         tensors = [*self.image, *(t for pair in self.keys_values or [] for t in pair)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    def to(self, device: torch.device) -> Injections:
+        """The same on another device; from pinned memory without waiting."""
+        return self._each(lambda t: t.to(device, non_blocking=t.is_pinned()))
+
+    def in_ram(self) -> Injections:
+        """The same in RAM; from a CUDA card into pinned memory, without waiting: only work on the card's present stream
+        may use it."""
+
+        def copied(t: Tensor) -> Tensor:
+            if t.device.type != "cuda":
+                return t.cpu()
+            return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+
+        return self._each(copied)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Injections:
+        keys_values = self.keys_values and [(change(key), change(value)) for key, value in self.keys_values]
+        mask = None if self.local_mask_BS is None else change(self.local_mask_BS)
+        return Injections([change(t) for t in self.image], keys_values, mask)
+
 
 class ConditionedDiT(nn.Module):
     """`FluxTransformer2DModel` with image features and local text injected after chosen double blocks.

@@ -14,6 +14,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from dreamsr_cli.text_buckets import BYTE_BUCKETS, T5_BUCKETS, bucket_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,6 +39,10 @@ class TextEmbedding:
             None if self.mask_BT is None else self.mask_BT.to(device),
         )
 
+    def fills(self, length: int) -> bool:
+        """Whether it has `length` tokens and none of them is padding; waits for its device."""
+        return self.tokens_BTD.shape[1] == length and (self.mask_BT is None or bool(self.mask_BT.all()))
+
 
 class TextEncoder(Protocol):
     """What the engine needs of a text encoder."""
@@ -44,15 +50,23 @@ class TextEncoder(Protocol):
     pads_are_seen: bool
     """True where the transformer was trained to attend to padding (FLUX); False: padding is masked everywhere."""
 
-    def encode(self, texts: Sequence[str], max_tokens: int) -> tuple[list[TextEmbedding], list[int]]:
-        """One embedding of batch 1 for each text, and the indices of texts that were cut to `max_tokens`."""
+    buckets: tuple[int, ...]
+    """Lengths that prompts are padded to where nobody says otherwise (`text_buckets`)."""
+
+    def encode(
+        self, texts: Sequence[str], max_tokens: int, buckets: Sequence[int] = ()
+    ) -> tuple[list[TextEmbedding], list[int]]:
+        """One embedding of batch 1 for each text, and the indices of texts that were cut to `max_tokens`.
+
+        Where padding is seen, all are padded to the smallest of `buckets` that holds the longest; none: `max_tokens`.
+        """
         ...
 
 
-def stack(embeddings: Sequence[TextEmbedding], length: int | None = None) -> TextEmbedding:
+def stack(embeddings: Sequence[TextEmbedding], length: int | None = None, whole: bool | None = None) -> TextEmbedding:
     """A batch from embeddings of batch 1, zero-padded at the end to `length` tokens (default: the longest).
 
-    The batch has no mask if no token of it is padding.
+    The batch has no mask if no token of it is padding: `whole` says so where that is known, else the device is asked.
     """
     longest = max(e.tokens_BTD.shape[1] for e in embeddings)
     length = longest if length is None else length
@@ -71,7 +85,7 @@ def stack(embeddings: Sequence[TextEmbedding], length: int | None = None) -> Tex
     return TextEmbedding(
         torch.cat([padded(e.tokens_BTD) for e in embeddings]),
         torch.cat([e.pooled_BD for e in embeddings]),
-        None if bool(mask_BT.all()) else mask_BT,
+        None if (bool(mask_BT.all()) if whole is None else whole) else mask_BT,
     )
 
 
@@ -84,6 +98,7 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
     """
 
     pads_are_seen = False
+    buckets = BYTE_BUCKETS
     PAD = 256
 
     @register_to_config
@@ -129,8 +144,11 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         return TextEmbedding(x_BTD, pooled_BD, mask_BT)
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str], max_tokens: int) -> tuple[list[TextEmbedding], list[int]]:
-        """See `TextEncoder.encode`. Each text runs alone, so its embedding does not depend on its neighbours."""
+    def encode(
+        self, texts: Sequence[str], max_tokens: int, buckets: Sequence[int] = ()
+    ) -> tuple[list[TextEmbedding], list[int]]:
+        """See `TextEncoder.encode`. Each text runs alone and unpadded, so its embedding does not depend on its
+        neighbours."""
         cut: list[int] = []
         done: dict[str, TextEmbedding] = {}
         for index, text in enumerate(texts):
@@ -143,13 +161,14 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
 
 
 class FluxTextEncoder:
-    """CLIP's pooled vector and T5's tokens, as FLUX was trained: T5 padded to `max_tokens`, padding seen by the
-    transformer.
+    """CLIP's pooled vector and T5's tokens: T5 padded to a bucket (FLUX was trained with the longest), padding seen by
+    the transformer.
 
     `clip`, `t5` are transformers' `CLIPTextModel` and `T5EncoderModel` with their tokenizers.
     """
 
     pads_are_seen = True
+    buckets = T5_BUCKETS
 
     def __init__(
         self,
@@ -162,13 +181,17 @@ class FluxTextEncoder:
         self.t5_tokenizer, self.t5 = t5_tokenizer, t5
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str], max_tokens: int) -> tuple[list[TextEmbedding], list[int]]:
+    def encode(
+        self, texts: Sequence[str], max_tokens: int, buckets: Sequence[int] = ()
+    ) -> tuple[list[TextEmbedding], list[int]]:
         """See `TextEncoder.encode`. CLIP cuts at its own 77 tokens silently, as FLUX's pipeline does: T5 carries the
         text."""
-        cut = [i for i, text in enumerate(texts) if len(self.t5_tokenizer(text).input_ids) > max_tokens]
+        lengths = [len(self.t5_tokenizer(text).input_ids) for text in texts]
+        cut = [i for i, length in enumerate(lengths) if length > max_tokens]
+        padded = bucket_of(max(lengths, default=0), max_tokens, buckets)
         done: dict[str, TextEmbedding] = {}
         for text in dict.fromkeys(texts):
-            done[text] = self._one(text, max_tokens)
+            done[text] = self._one(text, padded)
         return [done[text] for text in texts], cut
 
     def _one(self, text: str, max_tokens: int) -> TextEmbedding:
