@@ -205,6 +205,8 @@ class Engine:
         plan, (most, buckets) = job.plan, self._lengths
         found, mask_pads = self.ahead.find(texts_of(plan)), self.ahead.masks_pads
         if found is None:
+            if TEXT_ENCODER not in self.parts.keep:
+                self.parts.close()
             encoder = self.parts.text_encoder()
             found, mask_pads = encoder.encode(texts_of(plan), most, buckets), not encoder.pads_are_seen
             del encoder

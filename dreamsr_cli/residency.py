@@ -18,8 +18,8 @@ from dreamsr_cli.models.quantization import MemoryMode
 from dreamsr_cli.planning import Plan
 from dreamsr_cli.workload import LIBRARIES, Limits, is_spilled, photo_bytes
 
-MARGIN = 0.2
-"""Share of the free memory that is left alone."""
+MARGIN, CARD_MARGIN = 0.2, 0.1
+"""Shares of the free RAM and of a card's free memory that are left alone."""
 WHOLE_PHOTO_TILE = 2048
 """Tile that `--tile 0` is taken for before any photo is known."""
 _PART_OF = {"text": "text_encoder", "restore": "restorer", "decode": "autoencoder"}
@@ -79,18 +79,20 @@ def fits(
     where the system doesn't say (a card's memory may be the host's, as on MPS)."""
     if host is None:
         return False
-    usable = 1 - MARGIN
+
+    # A text encoder that isn't kept finds everything else closed.
+    side_by_side = [name for name in found if name != "text" or name in kept]
 
     def peak(weights: Mapping[str, int]) -> int:
         always = sum(weights[name] for name in kept)
-        return max(always + phase.working + (0 if name in kept else weights[name]) for name, phase in found.items())
+        return max(always + found[name].working + (0 if name in kept else weights[name]) for name in side_by_side)
 
     everywhere = {name: phase.weights for name, phase in found.items()}
     if on_cpu or card is None:
-        return LIBRARIES + peak(everywhere) <= usable * host
+        return LIBRARIES + peak(everywhere) <= (1 - MARGIN) * host
     waiting = sum(everywhere[name] for name in kept) if mode.offload != "none" else 0
     resident = {name: phase.resident for name, phase in found.items()}
-    return RESERVED + peak(resident) <= usable * card and LIBRARIES + waiting <= usable * host
+    return RESERVED + peak(resident) <= (1 - CARD_MARGIN) * card and LIBRARIES + waiting <= (1 - MARGIN) * host
 
 
 def _least(free: int | None, given: int | None) -> int | None:

@@ -282,12 +282,19 @@ def test_the_built_in_model_takes_fewer_bits_too(ready: HubState, whole, monkeyp
     assert 0 < difference("mini", [], whole, "--quantize", "int8", "--offload", "block").mean() < 4
 
 
-def test_encoders_are_freed_before_the_restorer_is_loaded(
-    ready: HubState, monkeypatch: pytest.MonkeyPatch, repositories: dict[str, Path]
+@pytest.mark.parametrize(("free", "expected"), [(None, [1]), (600 * 10**6, [0, 0])])
+def test_encoders_are_freed_before_the_restorer_is_loaded_where_memory_is_short(
+    ready: HubState, monkeypatch: pytest.MonkeyPatch, repositories: dict[str, Path], free: int | None, expected: list
 ) -> None:
-    """In a batch of photos, for every one of them."""
+    """They are loaded once for all photos, and the restorer for each; where all fit (`free`: bytes of RAM) everything
+    is loaded once and stays."""
     import gc
     import weakref
+
+    from dreamsr_cli import machine
+
+    if free is not None:
+        monkeypatch.setattr(machine, "free_memory", lambda: free)
 
     shutil.copy("a.png", "b.png")
     encoders: list[weakref.ref] = []
@@ -308,7 +315,7 @@ def test_encoders_are_freed_before_the_restorer_is_loaded(
     monkeypatch.setattr(bundle_module.Bundle, "open_text_encoder", text)
     monkeypatch.setattr(bundle_module.Bundle, "open_restorer", restorer)
     assert run(["upscale", "a.png", "b.png", "-o", "out", "-q", *TINY, "--model", "flux-upscaler"]) == 0
-    assert len(encoders) == 2 and alive == [0, 0]
+    assert len(encoders) == 1 and alive == expected
 
 
 # ---------------------------------------------------------------- plans before anything is fetched
