@@ -110,9 +110,8 @@ def upscale(
             describe_machine(device, settings.precision, measure=False),
             Limits(STRIP),
         )
-        settings = dataclasses.replace(
-            settings, tile_batch=work.tile_batch if settings.fit_batch else settings.tile_batch
-        )
+        if settings.fit_batch:
+            settings = dataclasses.replace(settings, tile_batch=work.tile_batch)
         width, height, grid, format = work.width, work.height, work.grid, work.format
         check_canvas(photo_path, width, height, max_pixels=output.max_pixels, format=format)
         identity = photo_id(photo_path, photo.sha256, info)
