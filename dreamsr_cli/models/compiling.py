@@ -48,12 +48,13 @@ def check_compile(device: torch.device, mode: MemoryMode) -> None:
 
 
 def compile_blocks(restorer: Restorer) -> None:
-    """Let every block of `restorer` be translated at its first call."""
+    """Let every block of `restorer` be translated at its first call; done once, whatever is asked again."""
     os.environ.setdefault(CACHE_VARIABLE, str(compiled_code()))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     for network in (restorer.dit.transformer, restorer.controlnet):
         for block in blocks_of(network):
-            block.compile(dynamic=True)
+            if block._compiled_call_impl is None:
+                block.compile(dynamic=True)
 
 
 @contextmanager
