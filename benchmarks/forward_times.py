@@ -26,7 +26,7 @@ PHOTO_SEED = 42
 
 @dataclass(frozen=True)
 class OverheadRun:
-    """One `engine.upscale` of part A; all times in seconds."""
+    """One `engine.upscale`; all times in seconds."""
 
     wall: float
     """All of `engine.upscale`."""
@@ -37,6 +37,7 @@ class OverheadRun:
     calls: dict[str, int]
     """Forward passes, by network."""
     tiles: int
+    tile_batch: int
 
     @property
     def rest(self) -> float:
@@ -134,7 +135,7 @@ def write_photo(path: Path, side: int) -> None:
 
 
 def measure_overhead(bundle: Bundle, photo: Path, config: UpscaleConfig, device: torch.device) -> OverheadRun:
-    """Part A: one photo, file to file."""
+    """One photo, file to file."""
     clock = Stopwatch(settle_on(device))
     with watched(bundle, clock):
         began = time.perf_counter()
@@ -146,4 +147,5 @@ def measure_overhead(bundle: Bundle, photo: Path, config: UpscaleConfig, device:
         networks={name: clock.seconds[name] for name in NETWORKS},
         calls={name: clock.calls[name] for name in NETWORKS},
         tiles=result.tiles,
+        tile_batch=result.settings.tile_batch,
     )

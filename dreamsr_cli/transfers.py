@@ -1,4 +1,4 @@
-"""Copies between RAM and a device that don't stop the work: pinned memory there and back, results read one batch late."""
+"""Copies between RAM and a device that don't stop the work: pinned memory, and results read one batch late."""
 
 from __future__ import annotations
 

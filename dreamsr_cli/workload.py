@@ -119,7 +119,7 @@ class Workload:
         """Tiles per network call."""
         tiles, most = len(self.grid.tiles), self.settings.tile_batch
         if self.settings.fit_batch:
-            return automatic_batch(tiles, most, self.machine.device, self.machine.threads)
+            return automatic_batch(tiles, most, self.image_tokens, self.machine.device, self.machine.threads)
         return min(most, tiles)
 
     @property

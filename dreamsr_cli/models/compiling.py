@@ -31,15 +31,13 @@ def compiled_code() -> Path:
 
 
 def check_compile(device: torch.device, mode: MemoryMode) -> None:
-    """Raise `UsageError` where `--compile` doesn't go with `mode`, `DeviceError` where this machine lacks a compiler."""
+    """Raise `UsageError` where `--compile` doesn't go with `mode`, `DeviceError` where there is no compiler."""
     if mode.quantize != "none":
         raise UsageError(
             f"--compile doesn't go with --quantize {mode.quantize}", "leave out one of the two: weights as they are"
         )
     if mode.offload == "block":
-        raise UsageError(
-            "--compile doesn't go with --offload block", "leave out one of the two, or use --offload model"
-        )
+        raise UsageError("--compile doesn't go with --offload block", "leave out one of the two")
     if device.type == "mps":
         raise UsageError("--compile is for CPUs and for CUDA and XPU cards", "leave out --compile")
     if device.type != "cpu" and find_spec("triton") is None:
