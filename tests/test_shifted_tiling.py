@@ -119,7 +119,7 @@ class Bench:
         file.write_rows(0, self.z_dr)
         config = self.bundle.config
         with Journal(self.folder / f"{name}.dreamsr", {}, 0) as journal:
-            about = (self.batch, journal, SilentProgress(), control_bytes, self.tiling)
+            about = (self.batch, journal, SilentProgress(), control_bytes, 0, self.tiling)
             sampler = Sampler(self.restorer, self.grid, self.texts, config.sampling, config.control, *about)
             return sampler.texture(file, 0.8, steps, 5, None).rows(0, self.shape[1]).copy()
 
