@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from dreamsr_cli.engine import Settings
 
-OVERHEAD_TARGET = 0.10
+OVERHEAD_TARGET = 0.08
 SAMPLER_TARGET = 0.85
 
 

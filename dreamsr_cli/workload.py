@@ -19,8 +19,9 @@ DESCRIBED_BYTES = 88
 """About the length of a describer's sentence, in UTF-8 bytes."""
 LIBRARIES = 450 * 2**20
 """Bytes of the interpreter with all libraries loaded [measured]."""
-STRIPS_AT_ONCE = 10
-"""Decoded or enlarged float strips that live at the same time, with the resampler's temporaries, about."""
+STRIPS_AT_ONCE = 12
+"""Decoded or enlarged float strips that live at the same time, with the resampler's temporaries and the strip that
+waits for the thread that writes, about."""
 STRIPS_KEPT = 4
 """Decoded strips that aren't decoded again when they are read twice (`DecodedCanvas.KEPT`)."""
 SPILLED_BLOCK = 64 * 2**20
