@@ -3,7 +3,8 @@
     python benchmarks/folder.py
 
 Each way is `dreamsr upscale` in processes of its own, from the start of the interpreter to the exit; the ways take
-turns, and the medians of the ratios inside one round are printed. All ways must give the same bytes, else there is no figure.
+turns, and the medians of the ratios inside one round are printed. All ways must give the same bytes, else there is no
+figure.
 """
 
 from __future__ import annotations

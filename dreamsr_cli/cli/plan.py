@@ -27,8 +27,11 @@ class Planner:
     """Plans photos for one bundle and one set of settings; the machine's speed is measured once."""
 
     def __init__(self, bundle: Bundle, config: UpscaleConfig, output: OutputConfig, photos: int = 1) -> None:
-        """`photos`: how many the run would have; decides which networks stay open between them ("kept"). Raises `UsageError` for settings that make no sense with this bundle, `WeightsError` where its config files
-        can't be read, `DeviceError`."""
+        """`photos`: how many the run would have; that decides which networks stay open between them ("kept").
+
+        Raises `UsageError` for settings that make no sense with this bundle, `WeightsError` where its config files
+        can't be read, `DeviceError`.
+        """
         from dreamsr_cli.bundle_sizes import read_sizes
         from dreamsr_cli.bundle_state import lacking
         from dreamsr_cli.canvas import STRIP
