@@ -24,8 +24,9 @@ BYTES_PER_T5_TOKEN = 3
 """Of English, cautiously."""
 LIBRARIES = 450 * 2**20
 """Bytes of the interpreter with all libraries loaded [measured]."""
-STRIPS_AT_ONCE = 10
-"""Decoded or enlarged float strips that live at the same time, with the resampler's temporaries, about."""
+STRIPS_AT_ONCE = 12
+"""Decoded or enlarged float strips that live at the same time, with the resampler's temporaries and the strip that
+waits for the thread that writes, about."""
 STRIPS_KEPT = 4
 """Decoded strips that aren't decoded again when they are read twice (`DecodedCanvas.KEPT`)."""
 SPILLED_BLOCK = 64 * 2**20

@@ -118,3 +118,14 @@ def test_the_plain_loop_is_the_same_method(script, tiny_bundle, tmp_path) -> Non
         torch.nn.init.normal_(block.weight, std=0.5)
     controlled = loop.plain_texture(peer, grid, texts, 3, z_dr, 0.8, 3, None)
     assert np.abs(ours - controlled).max() > 1e-2
+
+
+@pytest.mark.slow
+def test_a_folder_against_its_photos_one_by_one(script, tiny_bundle, monkeypatch, capsys) -> None:
+    """Three ways in processes of their own; they give the same bytes, else there is no figure."""
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
+    assert importlib.import_module("folder").main(["--quick", "--model", str(tiny_bundle), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (row,) = found["rounds"]
+    assert found["photos"] == 2 and set(row) == {"folder", "in turn", "commands"}
+    assert found["ratios"]["commands"] == pytest.approx(row["folder"] / row["commands"])

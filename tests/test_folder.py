@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +65,7 @@ class Watched(QuietDisplay):
         self._label, self._at, self._do = "", at, do
 
     @contextmanager
-    def photo(self, label: str) -> Iterator[None]:
+    def photo(self, label: str) -> Generator[None]:
         self._label = label
         yield
 

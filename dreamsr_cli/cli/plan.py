@@ -28,9 +28,12 @@ _PHASES = {
 class Planner:
     """Plans photos for one bundle and one set of settings; the machine's speed is measured once."""
 
-    def __init__(self, bundle: Bundle, config: UpscaleConfig, output: OutputConfig) -> None:
-        """Raises `UsageError` for settings that make no sense with this bundle, `WeightsError` where its config files
-        can't be read, `DeviceError`."""
+    def __init__(self, bundle: Bundle, config: UpscaleConfig, output: OutputConfig, photos: int = 1) -> None:
+        """`photos`: how many the run would have; that decides which networks stay open between them ("kept").
+
+        Raises `UsageError` for settings that make no sense with this bundle, `WeightsError` where its config files
+        can't be read, `DeviceError`.
+        """
         from dreamsr_cli.bundle_sizes import read_sizes
         from dreamsr_cli.bundle_state import lacking
         from dreamsr_cli.canvas import STRIP
@@ -39,6 +42,8 @@ class Planner:
         from dreamsr_cli.machine import describe_machine
         from dreamsr_cli.memory_choice import fitting
         from dreamsr_cli.memory_plan import CARDS
+        from dreamsr_cli.models.quantization import MemoryMode
+        from dreamsr_cli.residency import decide_residency
         from dreamsr_cli.workload import Limits
 
         self._settings, self._output, self._memory = check_settings(config, bundle), output, config.memory
@@ -47,6 +52,12 @@ class Planner:
         precision = dtype_name(choose_dtype(config.precision, device))
         self._machine = describe_machine(device, precision)
         self._limits = Limits(strip_rows=STRIP)
+        settings = self._settings
+        mode = MemoryMode(settings.quantize, settings.offload)
+        batch, limits = settings.tile_batch, self._limits
+        self._kept = decide_residency(
+            self._sizes, mode, self._machine, settings.tile_auto[1] if settings.tile_auto else settings.tile, batch, limits, photos, config.memory
+        ).keep
         self._lacks = tuple(str(lack) for lack in lacking(bundle.config))
         tile = self._settings.tile or bundle.config.defaults.tile
         itemsize = 4 if config.precision == "fp32" else 2  # cards compute in 16 bits unless asked not to
@@ -82,7 +93,8 @@ class Planner:
         made = replace(made, stops_because=(*made.stops_because, *self._lacks))
         cards = {str(size): None if found is None else found.to_json() for size, found in self._cards.items()}
         chosen = None if choice is None else choice.to_json()
-        return {**made.to_json(), "tile_choice": chosen, "memory_mode": self._settings.memory, "cards": cards}
+        more = {"tile_choice": chosen, "memory_mode": self._settings.memory, "kept": sorted(self._kept)}
+        return {**made.to_json(), **more, "cards": cards}
 
 
 def plan_table(plan: dict[str, Any]) -> str:

@@ -70,7 +70,7 @@ class Upscaling(PhotoBatch):
         settings = check_settings(self.options.config, bundle)
         if settings.memory is not None:
             self.display.note(settings.memory)
-        planner = Planner(bundle, self.options.config, output) if self.dry_run else None
+        planner = Planner(bundle, self.options.config, output, len(found)) if self.dry_run else None
         out = Path(self.out) if self.out else None
         naming = Naming(out, is_file, output.format, output.suffix, self._factor(bundle.config.scale))
         plan = plan_jobs(found, naming)
