@@ -81,6 +81,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run it; plain data with every figure and what it belongs to. Raises `DreamSRError`."""
     began = time.perf_counter()
     import torch
+    from floors import planned, this_machine
     from forward_times import measure_overhead, write_photo
 
     from dreamsr_cli.config import UpscaleConfig
@@ -107,12 +108,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         write_photo(photo, -(-options.size // bundle.config.scale))
         config = UpscaleConfig(long_side=options.size, steps=options.steps, **shared)
         runs = [measure_overhead(bundle, photo, config, device) for _ in range(options.repeat)]
+        floor = planned(bundle, photo, config, this_machine(config)).floor
+        inside = [sum(run.networks.values()) for run in runs]
         found["overhead"] = {
             "size": options.size,
             **_what(check_settings(config, bundle)),
             "tile_batch": runs[0].tile_batch,
             "runs": [{**asdict(run), "rest": run.rest, "ratio": run.ratio} for run in runs],
             "ratio": statistics.median(run.ratio for run in runs),
+            "floor": None if floor is None else floor.to_json(),
+            "fraction": None if floor is None else statistics.median(floor.total / spent for spent in inside),
             "target": OVERHEAD_TARGET,
         }
     return found
@@ -139,6 +144,10 @@ def text(found: dict[str, Any]) -> Iterator[str]:
                 f"   {run['wall']:.2f} s = loading {run['loading']:.2f} (not counted) + networks {inside:.2f} "
                 f"({networks}) + the rest {run['rest']:.2f}   ratio {run['ratio']:.3f}"
             )
+        if part["fraction"] is not None:
+            peak = f"{part['floor']['flops_per_second'] / 1e12:.3g} TFLOP/s, {part['floor']['source']}"
+            floor = f"{part['floor']['seconds']:.2f} s at the device's peak ({peak})"
+            yield f"   floor of the networks {floor}: {part['fraction']:.0%} of its speed reached"
         yield f"   overhead, the rest / networks: {verdict(part)}"
 
 

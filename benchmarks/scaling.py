@@ -54,36 +54,27 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
 def measure(options: argparse.Namespace, tell: Any) -> dict[str, Any]:
     """Run every size, the smallest first; `tell` gets each row when it is done. Raises `DreamSRError`."""
     import torch
+    from floors import planned, this_machine
     from forward_times import write_photo
 
-    from dreamsr_cli.bundle_sizes import read_sizes
-    from dreamsr_cli.canvas import STRIP
     from dreamsr_cli.config import OutputConfig, UpscaleConfig
-    from dreamsr_cli.device import choose_device, choose_dtype, dtype_name
     from dreamsr_cli.engine import check_settings, upscale
-    from dreamsr_cli.images import read_info
-    from dreamsr_cli.machine import describe_machine
     from dreamsr_cli.models.bundle import open_bundle
-    from dreamsr_cli.planning import plan
     from dreamsr_cli.progress import SilentProgress
-    from dreamsr_cli.sampler import CONTROL_BYTES
-    from dreamsr_cli.workload import Limits
 
     if options.threads:
         torch.set_num_threads(options.threads)
     bundle = open_bundle(options.model)
     names = ("steps", "tile", "overlap", "tiling", "tile_batch", "precision", "device")
     config = UpscaleConfig(scale=4.0, **{name: getattr(options, name) for name in names})
-    device = choose_device(options.device)
-    machine = describe_machine(device, dtype_name(choose_dtype(options.precision, device)))
-    about = (read_sizes(bundle.config, bundle.part_folder), machine, Limits(STRIP, CONTROL_BYTES))
+    machine = this_machine(config)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=".") as folder:
         source, target = Path(folder) / "photo.jpg", Path(folder) / "result.png"
         for number, megapixels in enumerate([min(options.megapixels), *sorted(options.megapixels)]):
             side = max(GRAIN, round(math.sqrt(megapixels * 1e6) / GRAIN) * GRAIN)
             write_photo(source, side // 4)
-            made = plan(source, read_info(source), target, check_settings(config, bundle), OutputConfig(), *about)
+            made = planned(bundle, source, config, machine)
             seconds = []
             for _ in range(options.repeat if number else 1):
                 began = time.perf_counter()
