@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,8 @@ from dreamsr_cli.machine import describe_machine
 from dreamsr_cli.models.autoencoder import STRIDE
 from dreamsr_cli.models.bundle import Bundle
 from dreamsr_cli.models.quantization import MemoryMode, cannot_run
+from dreamsr_cli.models.restorer import Restorer
+from dreamsr_cli.phase_sharing import BundleId, DecodeSetup, TileSetup
 from dreamsr_cli.photo_writer import PhotoWriter, check_canvas
 from dreamsr_cli.planning import plan as plan_work
 from dreamsr_cli.planning import record_efficiency
@@ -38,8 +41,11 @@ from dreamsr_cli.prompts_in_use import give_prompts, make_prompts, place_to_save
 from dreamsr_cli.sampler import CONTROL_BYTES, ENCODE, PIXELS, REMOVE, Sampler, Texts, texture_name
 from dreamsr_cli.settings import Settings, check_settings
 from dreamsr_cli.tiling import TileGrid
+from dreamsr_cli.work_sharing import Crew, Setup, SharedWork
 from dreamsr_cli.workload import Limits
 
+STRIPS_WAITING = 8
+"""Decoded strips that several processes may hold or send at a time."""
 CAPTIONS_FILE = "captions.jsonl"
 """In the journal: what the captioner has said so far."""
 
@@ -83,13 +89,14 @@ def upscale(
     output: OutputConfig,
     progress: Progress,
     prompts: Path | None = None,
+    crew: Crew | None = None,
 ) -> UpscaleResult:
     """Restore `photo_path` at a larger size and write `out_path`, whole or not at all.
 
     The calls in order are the method. Work lies in a journal beside the output: the same call goes on where a killed
-    one stopped. `prompts` is a file with this photo's prompts, which the captioner then doesn't make. Raises
-    `UsageError` for settings that make no sense with this bundle, `InputError`, `OutputError`, `JournalError`,
-    `WeightsError`, `DeviceError`.
+    one stopped. `prompts` is a file with this photo's prompts, which the captioner then doesn't make; `crew` are other
+    processes that share in batches of tiles and strips. Raises `UsageError` for settings that make no sense with this
+    bundle, `InputError`, `OutputError`, `JournalError`, `WeightsError`, `DeviceError`, `ProcessError`.
     """
     began = time.monotonic()
     settings = check_settings(config, bundle)
@@ -140,19 +147,23 @@ def upscale(
             if journal.resumed:
                 progress.note(f"{out_path.name}: going on where the last run stopped")
             progress.phase("describe", 1)
-            make = partial(make_prompts, photo, grid, width, height, given, settings, device)
+            make = partial(make_prompts, photo, grid, width, height, given, settings, device, crew=crew)
             plan = _prompts(journal, make, progress)
             try:
-                z_0 = _restore(enlarged, plan, grid, shape, settings, bundle, journal, output.backoff, progress, notes)
+                z_0 = _restore(
+                    enlarged, plan, grid, shape, settings, bundle, journal, output.backoff, progress, notes, crew
+                )
             except torch.OutOfMemoryError as error:
                 hint = f"use --tile-batch 1, or --tile {smaller_tile(grid.tile_width)} with --restart"
                 raise DeviceError(f"{photo_path}: out of memory on {device}", hint) from error
             settings = dataclasses.replace(settings, tile_batch=journal.tile_batch(settings.tile_batch))
             _release(device)
-            decoded = DecodedCanvas(z_0, width, bundle.open_autoencoder(device, dtype), device, progress)
-            rows_done, made_by = journal.progress(PIXELS), _made_by(settings, bundle, plan)
-            with make_writer(raw=journal.pixels, rows_done=rows_done, made_by=made_by) as writer:
-                _write(enlarged, decoded, writer, settings.color_fix, journal)
+            decoders = DecodeSetup(BundleId.of(bundle), settings.device, settings.precision, width)
+            with _shared(crew, decoders, progress, STRIPS_WAITING) as shared:
+                decoded = DecodedCanvas(z_0, width, bundle.open_autoencoder(device, dtype), device, progress, shared)
+                rows_done, made_by = journal.progress(PIXELS), _made_by(settings, bundle, plan)
+                with make_writer(raw=journal.pixels, rows_done=rows_done, made_by=made_by) as writer:
+                    _write(enlarged, decoded, writer, settings.color_fix, journal)
             if saved is not None:
                 write_prompts(saved, plan)
         notes += writer.notes
@@ -201,6 +212,7 @@ def _restore(
     backoff: bool,
     progress: Progress,
     notes: list[str],
+    crew: Crew | None,
 ) -> RowFile:
     """z_0 of the canvas: encode, remove, renoise, texture. Each network is opened, used and freed in its turn."""
     device, dtype = torch.device(settings.device), PRECISIONS[settings.precision]
@@ -211,21 +223,51 @@ def _restore(
     mode = MemoryMode(settings.quantize, settings.offload)
     texts, mask_pads = _embed(plan, local_to_both, bundle, device, dtype, mode, progress, notes)
 
-    encoded = "z_lq" if settings.removal else "z_dr"
-    if not journal.has("z_dr"):
-        autoencoder = bundle.open_autoencoder(device, dtype)
-        encode(enlarged, grid, autoencoder, journal.piece(encoded, ENCODE, shape), device, progress)
-        del autoencoder
-        _release(device)
-    if journal.has(last):
-        return journal.piece(last, ENCODE, shape).file
-
-    restorer = bundle.open_restorer(device, dtype, mask_pads, mode, False)
     sampling, control = bundle.config.sampling, bundle.config.control
+    setup = TileSetup(
+        BundleId.of(bundle), settings.device, settings.precision, mode, mask_pads, grid, texts, sampling, control
+    )
+    # Other processes load their networks while this one encodes.
+    with _shared(None if settings.strength == 0 and not settings.removal else crew, setup, progress) as shared:
+        if not journal.has("z_dr"):
+            encoded = "z_lq" if settings.removal else "z_dr"
+            autoencoder = bundle.open_autoencoder(device, dtype)
+            encode(enlarged, grid, autoencoder, journal.piece(encoded, ENCODE, shape), device, progress)
+            del autoencoder
+            _release(device)
+        if journal.has(last):
+            return journal.piece(last, ENCODE, shape).file
+        restorer = bundle.open_restorer(device, dtype, mask_pads, mode, False)
+        return _sample(restorer, setup, shape, settings, journal, backoff, progress, shared)
+
+
+def _sample(
+    restorer: Restorer,
+    setup: TileSetup,
+    shape: tuple[int, int, int],
+    settings: Settings,
+    journal: Journal,
+    backoff: bool,
+    progress: Progress,
+    shared: SharedWork | None,
+) -> RowFile:
+    """z_0 from z_lq: both stages, with the plan in force, or with one that every process has the memory for."""
+    device, grid = restorer.device, setup.grid
 
     def make_sampler(work: WorkPlan) -> Sampler:
         restorer.place(work.offload)
-        return Sampler(restorer, grid, texts, sampling, control, work.tile_batch, journal, progress, work.control_bytes)
+        return Sampler(
+            restorer,
+            grid,
+            setup.texts,
+            setup.sampling,
+            setup.control,
+            work.tile_batch,
+            journal,
+            progress,
+            work.control_bytes,
+            shared,
+        )
 
     def settled() -> dict[str, Any]:
         start = WorkPlan(settings.tile_batch, CONTROL_BYTES, settings.offload)
@@ -236,11 +278,15 @@ def _restore(
 
         def attempt(work: WorkPlan) -> None:
             make_sampler(work).probe()
+            if shared is not None:
+                shared.everyone(work)
 
         return settle(start, attempt, device, grid.tile_width, backoff, progress, movable).to_json()
 
-    work = journal.work_plan(settled)
-    sampler = make_sampler(WorkPlan(**work))
+    work = WorkPlan(**journal.work_plan(settled))
+    if shared is not None:
+        shared.everyone(work)
+    sampler = make_sampler(work)
     if journal.has("z_dr"):
         z_dr = journal.piece("z_dr", REMOVE, shape).file
     else:
@@ -320,6 +366,13 @@ def _embed(
         progress.note(notes[-1])
     progress.advance()
     return Texts(embeddings[0], embeddings[1:], local_to_both, most), not encoder.pads_are_seen
+
+
+def _shared(
+    crew: Crew | None, setup: Setup, progress: Progress, window: int | None = None
+) -> AbstractContextManager[SharedWork | None]:
+    """Inside, the other processes hold what `setup` opens; None where there are none."""
+    return nullcontext() if crew is None else crew.share(setup, progress, window)
 
 
 def _release(device: torch.device) -> None:

@@ -21,6 +21,7 @@ from dreamsr_cli.prompts import PhotoId, PromptPlan
 from dreamsr_cli.prompts_file import PromptsError, check_photo, prompts_name, read_prompts
 from dreamsr_cli.settings import Settings
 from dreamsr_cli.tiling import TileGrid, make_grid
+from dreamsr_cli.work_sharing import Crew
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,12 @@ def make_prompts(
     device: torch.device,
     resume_file: Path,
     progress: Progress,
+    crew: Crew | None = None,
 ) -> PromptPlan:
     """The texts of a run, one for each tile, with the captioner's where nothing else was given.
 
-    `resume_file` is where the captioner keeps what it has said so far. Raises `WeightsError`, `DeviceError`.
+    `resume_file` is where the captioner keeps what it has said so far; `crew` share in its work. Raises
+    `WeightsError`, `DeviceError`.
     """
     whole = settings.prompt_mode == "global"
     plan = given.plan
@@ -98,6 +101,7 @@ def make_prompts(
             given.global_text,
             resume_file,
             progress,
+            crew,
         )
     else:
         plan = with_texts(plan, given.global_text, {})

@@ -8,10 +8,12 @@ C channels, H W latent rows and columns of the canvas.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from dreamsr_cli import flow
 from dreamsr_cli.config import ControlConfig, SamplingConfig
 from dreamsr_cli.draws import normal_rows
 from dreamsr_cli.journal import Journal, Piece
-from dreamsr_cli.journal_files import RowFile
+from dreamsr_cli.journal_files import RowFile, Slots
 from dreamsr_cli.models.autoencoder import STRIDE
 from dreamsr_cli.models.bundle import Restorer
 from dreamsr_cli.models.conditioned_dit import Injections
@@ -30,6 +32,7 @@ from dreamsr_cli.models.text_encoder import TextEmbedding, stack
 from dreamsr_cli.multidiffusion import blend_rows, finished_rows, slots_needed
 from dreamsr_cli.progress import Progress
 from dreamsr_cli.tiling import Tile, TileGrid
+from dreamsr_cli.work_sharing import Job, SharedWork
 
 REMOVAL_GUIDANCE = 1.0
 """FLUX's guidance input in the removal step, as in training (method.md)."""
@@ -63,10 +66,40 @@ class Texts:
         return longest if len(self.local) == 1 else max(longest, self.most_tokens)
 
 
+class Crops(Protocol):
+    """A canvas that tiles are cut from: a file, or what process 0 sent of it."""
+
+    def crop(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """A rectangle in latent pixels, float32 (C, height, width)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of the networks over all tiles."""
+
+    step: int
+    """`REMOVE`, or the number of a texture step."""
+    t: float
+    guidance: float | None
+
+
+@dataclass(frozen=True)
+class TileBatch:
+    """A batch of tiles on its way to another process."""
+
+    work: Pass
+    tiles: tuple[int, ...]
+    """Indices, padded to a full batch."""
+    crops: tuple[dict[int, np.ndarray], ...]
+    """(C, H, W) of each tile by index, of each canvas that the pass reads."""
+
+
 class Sampler:
     """Both stages for one canvas. Canvases lie in the journal; only batches of tiles go to the device.
 
-    Without gradients, but not in inference mode: quantized weights can't be moved in that.
+    Without gradients, but not in inference mode: quantized weights can't be moved in that. With `shared`, other
+    processes compute batches as well; theirs is a sampler without a journal, of which `velocity` is called.
     """
 
     def __init__(
@@ -77,22 +110,33 @@ class Sampler:
         sampling: SamplingConfig,
         control: ControlConfig,
         tile_batch: int,
-        journal: Journal,
+        journal: Journal | None,
         progress: Progress,
         control_bytes: int = CONTROL_BYTES,
+        shared: SharedWork | None = None,
     ) -> None:
         self.restorer, self.grid, self.texts = restorer, grid, texts
         self.sampling, self.control = sampling, control
-        self.journal, self.progress = journal, progress
-        self.control_bytes = control_bytes
+        self._journal, self.progress = journal, progress
+        self.control_bytes, self._kept = control_bytes, dict[int, Injections]()
+        self.shared = shared
         self.batch = min(tile_batch, len(grid.tiles))
         self.device, self.dtype = restorer.device, next(restorer.dit.parameters()).dtype
         self._glob = stack([texts.glob.to(self.device, self.dtype)])
         self._has_guidance = bool(restorer.dit.transformer.config["guidance_embeds"])
         channels = restorer.dit.transformer.config["in_channels"] // 4
-        _, _, height, width = grid.tiles[0].latent_box()
         self.shape = (channels, grid.canvas_height // STRIDE, grid.canvas_width // STRIDE)
-        self._slots = journal.slots(slots_needed(grid, self.batch), (channels, height, width))
+
+    @property
+    def journal(self) -> Journal:
+        """Where canvases and velocities lie."""
+        assert self._journal is not None, "another process has the journal"
+        return self._journal
+
+    @cached_property
+    def _slots(self) -> Slots:
+        _, _, height, width = self.grid.tiles[0].latent_box()
+        return self.journal.slots(slots_needed(self.grid, self.batch), (self.shape[0], height, width))
 
     @torch.no_grad()
     def probe(self) -> None:
@@ -111,10 +155,7 @@ class Sampler:
         self.progress.phase("remove degradation", len(self.grid.tiles))
         piece = self.journal.piece("z_dr", REMOVE, self.shape)
 
-        def velocity(tiles: tuple[Tile, ...]) -> Tensor:
-            return self._removal_velocity(self._crops(z_lq, tiles), tiles, guidance)
-
-        for top, bottom, v_CHW in self._merged(velocity, REMOVE, piece.rows_done):
+        for top, bottom, v_CHW in self._merged(Pass(REMOVE, self.sampling.t_r, guidance), (z_lq,), piece.rows_done):
             piece.append(z_lq.rows(top, bottom) - t_r * v_CHW)
         return piece.finish()
 
@@ -130,30 +171,40 @@ class Sampler:
             self._renoise(z_dr, source, t_start, seed)
         self.progress.advance(finished * len(self.grid.tiles))
         self.journal.drop(texture_name(k) for k in range(finished))
-        kept: dict[int, Injections] = {}
+        self._kept.clear()
         for step, (t, t_next) in enumerate(pairwise(ts), start=1):
             if step <= finished:
                 continue
             self.progress.at(f"step {step} of {steps}")
-
-            def velocity(tiles: tuple[Tile, ...], t: float = t, z: RowFile = source.file) -> Tensor:
-                try:
-                    return self._texture_velocity(z, z_dr, tiles, t, guidance, kept)
-                except torch.OutOfMemoryError:
-                    if not kept:
-                        raise
-                    kept.clear()
-                    self.control_bytes = 0
-                self.progress.note(f"out of memory on {self.device}: control features are computed again, not kept")
-                return self._texture_velocity(z, z_dr, tiles, t, guidance, kept)
-
             piece = self.journal.piece(texture_name(step), step, self.shape)
-            for top, bottom, v_CHW in self._merged(velocity, step, piece.rows_done):
+            work, following = Pass(step, t, guidance), Pass(step + 1, t_next, guidance) if step < steps else None
+            canvases = source.file, z_dr
+            for top, bottom, v_CHW in self._merged(work, canvases, piece.rows_done, following, piece):
                 piece.append(source.file.rows(top, bottom) + np.float32(t_next - t) * v_CHW)
             piece.finish()
             source.drop()
             source = piece
         return source.file
+
+    @torch.no_grad()
+    def velocity(self, work: Pass, canvases: Sequence[Crops], tiles: tuple[Tile, ...]) -> np.ndarray:
+        """v of a full batch of tiles, float32 (B, C, H, W). `canvases`: (z_lq,) to remove, (z_t, z_dr) for texture."""
+        if work.step == REMOVE:
+            made_BCHW = self._removal_velocity(self._crops(canvases[0], tiles), tiles, work.guidance)
+        else:
+            z, z_dr = canvases
+            try:
+                made_BCHW = self._texture_velocity(z, z_dr, tiles, work.t, work.guidance, self._kept)
+            except torch.OutOfMemoryError:
+                if not self._kept:
+                    raise
+                made_BCHW = None
+            if made_BCHW is None:
+                self._kept.clear()
+                self.control_bytes = 0
+                self.progress.note(f"out of memory on {self.device}: control features are computed again, not kept")
+                made_BCHW = self._texture_velocity(z, z_dr, tiles, work.t, work.guidance, self._kept)
+        return made_BCHW.float().cpu().numpy()
 
     def _renoise(self, z_dr: RowFile, piece: Piece, t: float, seed: int) -> None:
         for top in range(piece.rows_done, piece.rows, RENOISE_ROWS):
@@ -170,8 +221,8 @@ class Sampler:
 
     def _texture_velocity(
         self,
-        z: RowFile,
-        z_dr: RowFile,
+        z: Crops,
+        z_dr: Crops,
         tiles: tuple[Tile, ...],
         t: float,
         guidance: float | None,
@@ -185,19 +236,39 @@ class Sampler:
         return flow.velocity_of_correction(z_BCHW, self._crops(z_dr, tiles), made_BCHW, t)
 
     def _merged(
-        self, velocity: Callable[[tuple[Tile, ...]], Tensor], step: int, ready: int
+        self,
+        work: Pass,
+        canvases: Sequence[Crops],
+        ready: int,
+        following: Pass | None = None,
+        piece: Piece | None = None,
     ) -> Iterator[tuple[int, int, np.ndarray]]:
         """(top, bottom, v rows) of the canvas' merged velocity, each band as soon as no later tile touches it.
 
-        Goes on at latent row `ready`; batches whose slots are whole are not computed again.
+        Goes on at latent row `ready`; batches whose slots are whole are not computed again. Other processes may begin
+        the pass `following` on finished rows of `piece`, which this one makes.
         """
-        self._slots.begin(step)
-        for tiles in self.grid.batches(self.batch):
-            blended = all((tile.top + tile.height) // STRIDE <= ready for tile in tiles)
-            if not blended and not all(self._slots.holds(tile.index) for tile in tiles):
-                padded = tiles + (tiles[-1],) * (self.batch - len(tiles))
-                v_BCHW = velocity(padded)[: len(tiles)].float().cpu().numpy()
-                for tile, v_CHW in zip(tiles, v_BCHW, strict=True):
+        self._slots.begin(work.step)
+        batches = self.grid.batches(self.batch)
+        missing = [
+            tiles
+            for tiles in batches
+            if not all((tile.top + tile.height) // STRIDE <= ready for tile in tiles)
+            and not all(self._slots.holds(tile.index) for tile in tiles)
+        ]
+        if self.shared is not None:
+            self.shared.announce(self._job(work, canvases, tiles) for tiles in missing)
+            if following is not None and piece is not None:
+                after = (piece.file, *canvases[1:])
+                self.shared.announce(self._job(following, after, tiles, piece) for tiles in batches)
+        todo = {tiles[0].index for tiles in missing}
+        for tiles in batches:
+            if tiles[0].index in todo:
+                if self.shared is not None:
+                    v_BCHW = self.shared.take((work.step, tiles[0].index))
+                else:
+                    v_BCHW = self.velocity(work, canvases, self._padded(tiles))
+                for tile, v_CHW in zip(tiles, v_BCHW[: len(tiles)], strict=True):
                     self._slots.put(tile.index, v_CHW)
                 self.journal.worked()
             self.progress.advance(len(tiles))
@@ -206,10 +277,31 @@ class Sampler:
                 yield ready, finished, blend_rows(self.grid, self._slots, ready, finished)
                 ready = finished
 
+    def _job(self, work: Pass, canvases: Sequence[Crops], tiles: tuple[Tile, ...], making: Piece | None = None) -> Job:
+        """A batch as a job for whoever is free; it can begin once the rows it reads of the canvas in `making` are
+        there."""
+        padded = self._padded(tiles)
+        bottom = max(tile.top + tile.height for tile in tiles) // STRIDE
+
+        def pack() -> TileBatch:
+            crops = ({tile.index: canvas.crop(*tile.latent_box()) for tile in tiles} for canvas in canvases)
+            return TileBatch(work, tuple(tile.index for tile in padded), tuple(crops))
+
+        return Job(
+            key=(work.step, tiles[0].index),
+            pack=pack,
+            here=partial(self.velocity, work, canvases, padded),
+            place=tiles[0].index if work.step != REMOVE and self.control.timestep == "clean" else None,
+            ready=lambda: making is None or bottom <= making.rows_done,
+        )
+
+    def _padded(self, tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
+        return tiles + (tiles[-1],) * (self.batch - len(tiles))
+
     def _texture_control(
         self,
         z_BCHW: Tensor,
-        z_dr: RowFile,
+        z_dr: Crops,
         tiles: tuple[Tile, ...],
         t: float,
         guidance: float | None,
@@ -249,7 +341,7 @@ class Sampler:
     def _local_text(self, tiles: tuple[Tile, ...]) -> TextEmbedding:
         return stack([self.texts.local[tile.index] for tile in tiles], self.texts.length).to(self.device, self.dtype)
 
-    def _crops(self, canvas: RowFile, tiles: tuple[Tile, ...]) -> Tensor:
+    def _crops(self, canvas: Crops, tiles: tuple[Tile, ...]) -> Tensor:
         return torch.from_numpy(np.stack([canvas.crop(*tile.latent_box()) for tile in tiles])).to(self.device)
 
     def _time(self, t: float) -> Tensor:

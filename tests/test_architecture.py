@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "dreamsr_cli"
 
 LAYERS = (
-    ("__init__", "errors", "progress", "config", "draws"),
+    ("__init__", "errors", "progress", "config", "draws", "ranks"),
     (
         "images",
         "photo_pixels",
@@ -44,6 +44,9 @@ LAYERS = (
         "bundle_sizes",
         "json_lines",
         "worker_pool",
+        "processes",
+        "work_sharing",
+        "helping",
     ),
     ("models",),
     (
@@ -65,6 +68,7 @@ LAYERS = (
         "memory_choice",
         "prompts_in_use",
         "backoff",
+        "phase_sharing",
         "planning",
         "workload",
         "training",
@@ -79,6 +83,7 @@ NO_TORCH = (
     "progress",
     "config",
     "draws",
+    "ranks",
     "weights",
     "weights_lock",
     "hub",

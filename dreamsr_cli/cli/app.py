@@ -12,7 +12,9 @@ from dreamsr_cli import __version__
 from dreamsr_cli.cli import caption, degrade, doctor, fetch_weights, train, upscale
 from dreamsr_cli.cli import eval as evaluate
 from dreamsr_cli.cli.console import explain, report, stop_on_signals
+from dreamsr_cli.cli.several_processes import end, help_out, role
 from dreamsr_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, DreamSRError, UsageError
+from dreamsr_cli.ranks import this_place
 
 app = typer.Typer(
     name="dreamsr",
@@ -74,4 +76,15 @@ def main() -> NoReturn:
     # A file name may hold bytes that are no text; it is printed back as those bytes.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")
-    sys.exit(run(sys.argv[1:]))
+    arguments = sys.argv[1:]
+    try:
+        place = this_place()
+    except DreamSRError as error:
+        sys.exit(_fail(error))
+    if place.world == 1:
+        sys.exit(run(arguments))
+    here = role(arguments, place)
+    if here == "helper":
+        help_out(place)
+    code = EXIT_DONE if here == "nobody" else run(arguments)
+    end(code)

@@ -6,15 +6,16 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreamsr_cli.cli.console import Display, explain, stop_if_asked
+from dreamsr_cli.cli.console import Display, explain
 from dreamsr_cli.cli.options import RunConfig, UpscaleOptions
 from dreamsr_cli.cli.photo_batch import PhotoBatch
+from dreamsr_cli.cli.photo_sharing import Photos, PhotoSetup
 from dreamsr_cli.cli.photos import (
     EXTENSIONS,
-    Found,
     Job,
     Naming,
     find_photos,
@@ -29,6 +30,7 @@ from dreamsr_cli.cli.prompt_paths import PromptPaths
 from dreamsr_cli.config import OutputConfig
 from dreamsr_cli.errors import (
     DreamSRError,
+    ProcessError,
     UsageError,
 )
 from dreamsr_cli.progress import Progress, SilentProgress
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from dreamsr_cli.engine import UpscaleResult
     from dreamsr_cli.models.bundle import Bundle
     from dreamsr_cli.settings import Settings
+    from dreamsr_cli.work_sharing import Crew
 
 
 class Upscaling(PhotoBatch):
@@ -48,6 +51,9 @@ class Upscaling(PhotoBatch):
     ) -> None:
         super().__init__(options.run.out, as_json, display)
         self.inputs, self.options, self.dry_run = inputs, options, dry_run
+
+    def _writes_nothing(self) -> bool:
+        return self.dry_run
 
     def _text(self, outcome: dict[str, Any]) -> str:
         return plan_table(outcome) if self.dry_run else super()._text(outcome)
@@ -70,7 +76,8 @@ class Upscaling(PhotoBatch):
         settings = check_settings(self.options.config, bundle)
         if settings.memory is not None:
             self.display.note(settings.memory)
-        planner = Planner(bundle, self.options.config, output) if self.dry_run else None
+        self.planner = Planner(bundle, self.options.config, output) if self.dry_run else None
+        self.bundle, self.output, self.settings = bundle, output, settings
         out = Path(self.out) if self.out else None
         naming = Naming(out, is_file, output.format, output.suffix, self._factor(bundle.config.scale))
         plan = plan_jobs(found, naming)
@@ -78,14 +85,17 @@ class Upscaling(PhotoBatch):
         self.total = len(plan)
         jobs = sum(isinstance(entry, Job) for entry in plan)
         self.prompt_paths = PromptPaths(self.options.run, jobs)
-        for number, entry in enumerate(plan, start=1):
-            stop_if_asked()
-            if isinstance(entry, Found):
-                self._tell(entry, entry.problem)
-                continue
-            with self.display.photo(f"[{number}/{self.total}] {entry.source.name}"):
-                outcome = self._plan(entry, planner, settings) if planner else self._upscale(entry, bundle, output)
+        run = self.options.run
+        texts = tuple(Path(os.path.expanduser(named)) for named in (run.prompts, run.prompt_dir) if named)
+        setup = PhotoSetup(partial(helping_upscale, self.options))
+        for entry, outcome in Photos(plan, self, self.crew, setup, texts).outcomes():
             self._tell(entry, outcome)
+
+    def photo(self, job: Job, crew: Crew | None) -> dict[str, Any] | DreamSRError:
+        """Plan or upscale one photo; an error that concerns it alone is returned."""
+        if self.planner is not None:
+            return self._plan(job, self.planner, self.settings)
+        return self._upscale(job, crew)
 
     def _output(self, is_file: bool) -> OutputConfig:
         """The output settings; with `-o FILE` its extension decides the format."""
@@ -112,17 +122,18 @@ class Upscaling(PhotoBatch):
 
         return factor
 
-    def _upscale(self, job: Job, bundle: Bundle, output: OutputConfig) -> dict[str, Any] | DreamSRError:
+    def _upscale(self, job: Job, crew: Crew | None) -> dict[str, Any] | DreamSRError:
         from dreamsr_cli.engine import upscale
 
+        output = self.output
         try:
             if not prepare_target(job, output.overwrite, output.skip_existing):
                 return {"input": str(job.source), "output": str(job.target), "skipped": True}
             prompts = self._prompts_of(job)
             config = self.options.config
-            result = upscale(job.source, job.target, bundle, config, output, self.display, prompts)
+            result = upscale(job.source, job.target, self.bundle, config, output, self.display, prompts, crew)
             return {**result.to_json(), **(self._report(result, output) if output.report else {})}
-        except UsageError:
+        except (UsageError, ProcessError):
             raise  # it would be wrong for every photo
         except Exception as error:
             return explain(error, f"upscaling {job.source}")
@@ -170,6 +181,15 @@ class Upscaling(PhotoBatch):
         for note in given.notes:
             self.display.note(f"{job.source.name}: {note}")
         return {"prompts": None if path is None else str(path), "notes": list(given.notes)}
+
+
+def helping_upscale(options: UpscaleOptions, display: Display) -> Upscaling:
+    """The same run in another process, which is sent its photos one by one."""
+    run = Upscaling([], options, False, display)
+    run.bundle = open_verified_bundle(options.run, progress=display)
+    run.output, run.planner = options.output, None
+    run.prompt_paths = PromptPaths(options.run, 2)  # whole photos are shared out only where there are several
+    return run
 
 
 def header_size(photo: Path) -> tuple[int, int]:
