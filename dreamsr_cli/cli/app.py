@@ -13,6 +13,7 @@ from dreamsr_cli.cli import caption, degrade, doctor, fetch_weights, train, upsc
 from dreamsr_cli.cli import eval as evaluate
 from dreamsr_cli.cli.console import explain, report, stop_on_signals
 from dreamsr_cli.cli.several_processes import end, help_out, role
+from dreamsr_cli.cli.upscaling import silence_libraries
 from dreamsr_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, DreamSRError, UsageError
 from dreamsr_cli.ranks import this_place
 
@@ -85,6 +86,7 @@ def main() -> NoReturn:
         sys.exit(run(arguments))
     here = role(arguments, place)
     if here == "helper":
+        silence_libraries()
         help_out(place)
     code = EXIT_DONE if here == "nobody" else run(arguments)
     end(code)

@@ -61,10 +61,7 @@ def joined() -> Generator[Crew | None]:
 
 def help_out(place: Place) -> NoReturn:
     """Be a helper of process 0 until it ends the job; ends this process."""
-    from dreamsr_cli.cli.upscaling import silence_libraries
-
     screen = _hush()
-    silence_libraries()
     try:
         from dreamsr_cli.helping import Helper
         from dreamsr_cli.processes import Processes
