@@ -28,7 +28,7 @@ from dreamsr_cli.ranks import Place, again
 JOIN = timedelta(minutes=10)
 """How long processes wait for each other at the start."""
 BEAT_SECONDS = 10.0
-SILENCE = timedelta(seconds=120)
+SILENCE = timedelta(minutes=5)
 """A process that says nothing for so long is lost: its machine is down, or stopped."""
 
 

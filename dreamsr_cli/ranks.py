@@ -45,7 +45,10 @@ def again() -> str:
     if int(os.environ.get("GROUP_WORLD_SIZE", "1") or 1) > 1:
         return f"start the same torchrun command on the same machines again ({words}); it goes on where it stopped"
     local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or "1"
-    return f"torchrun --nproc-per-node {local} {words} goes on where it stopped, with any number of processes"
+    # The number of threads decides the result's bytes, and torchrun's own choice depends on the number of processes.
+    threads = os.environ.get("OMP_NUM_THREADS")
+    head = f"OMP_NUM_THREADS={threads} torchrun" if threads else "torchrun"
+    return f"{head} --nproc-per-node {local} {words} goes on where it stopped, with any number of processes"
 
 
 _HOW = "start several processes with torchrun --nproc-per-node N -m dreamsr_cli ..., or unset these"
