@@ -6,6 +6,7 @@ Axes: P Q pixel rows and columns, C channels, H W latent rows and columns.
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from dreamsr_cli.overlap import prefetched
 from dreamsr_cli.progress import Progress
 from dreamsr_cli.resample import resize_rows
 from dreamsr_cli.tiling import TileGrid
+from dreamsr_cli.work_sharing import Job, SharedWork
 
 STRIP = 256
 """Pixel rows encoded or decoded at a time."""
@@ -107,8 +109,16 @@ class DecodedCanvas:
     KEPT = 4
 
     def __init__(
-        self, z: RowFile, width: int, autoencoder: Autoencoder, device: torch.device, progress: Progress
+        self,
+        z: RowFile,
+        width: int,
+        autoencoder: Autoencoder,
+        device: torch.device,
+        progress: Progress,
+        shared: SharedWork | None = None,
     ) -> None:
+        """With `shared`, other processes decode strips as well, ahead of the rows asked for."""
+        self._shared, self._round, self._next = shared, 0, -1
         self._z, self._width, self._device = z, width, device
         self._autoencoder, self._progress = autoencoder, progress
         self._rows = z.shape[1] * STRIDE
@@ -141,19 +151,40 @@ class DecodedCanvas:
             weights[first - top : last - top] += weight
         return out / weights[:, None, None]
 
-    @torch.inference_mode()
     def _decoded(self, strip: int) -> tuple[np.ndarray, int]:
-        halo = self._autoencoder.halo
-        begin, end = strip * STRIP, min((strip + 1) * STRIP, self._rows)
-        first, last = max(0, begin - halo), min(self._rows, end + halo)
+        first = max(0, strip * STRIP - self._autoencoder.halo)
         if strip in self._strips:
             self._strips.move_to_end(strip)
             return self._strips[strip], first
-        z_CHW = np.ascontiguousarray(self._z.rows(first // STRIDE, last // STRIDE))
-        rgb_CPQ = self._autoencoder.decode(torch.from_numpy(z_CHW)[None].to(self._device))[0].cpu().numpy()
-        rgb_PQC = np.ascontiguousarray(rgb_CPQ.transpose(1, 2, 0)[:, : self._width]) * 0.5 + 0.5
+        rgb_PQC = self._decode(strip) if self._shared is None else self._from_anybody(self._shared, strip)
         self._strips[strip] = rgb_PQC
         if len(self._strips) > self.KEPT:
             self._strips.popitem(last=False)
         self._progress.advance()
         return rgb_PQC, first
+
+    def _latent(self, strip: int) -> np.ndarray:
+        halo = self._autoencoder.halo
+        first, last = max(0, strip * STRIP - halo), min(self._rows, (strip + 1) * STRIP + halo)
+        return np.ascontiguousarray(self._z.rows(first // STRIDE, last // STRIDE))
+
+    def _decode(self, strip: int) -> np.ndarray:
+        return decode_strip(self._autoencoder, self._latent(strip), self._width, self._device)
+
+    def _from_anybody(self, shared: SharedWork, strip: int) -> np.ndarray:
+        if strip != self._next:  # the first one, or AdaIN's second time through
+            self._round += 1
+            shared.forget()
+            shared.announce(
+                Job((self._round, number), partial(self._latent, number), partial(self._decode, number))
+                for number in range(strip, self.strips)
+            )
+        self._next = strip + 1
+        return shared.take((self._round, strip))
+
+
+@torch.inference_mode()
+def decode_strip(autoencoder: Autoencoder, z_CHW: np.ndarray, width: int, device: torch.device) -> np.ndarray:
+    """Pixels of a strip's latent, float32 (rows, width, 3), about [0, 1]; `width` cuts the padding off."""
+    rgb_CPQ = autoencoder.decode(torch.from_numpy(z_CHW)[None].to(device))[0].cpu().numpy()
+    return np.ascontiguousarray(rgb_CPQ.transpose(1, 2, 0)[:, :width]) * 0.5 + 0.5

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,8 +23,8 @@ from dreamsr_cli import __version__
 from dreamsr_cli.caption_journal import CaptionJournal
 from dreamsr_cli.caption_texts import clean
 from dreamsr_cli.config import CAPTIONERS, CaptionConfig, is_captioner, to_dict
-from dreamsr_cli.device import dtype_name
-from dreamsr_cli.errors import UsageError
+from dreamsr_cli.device import choose_device, dtype_name
+from dreamsr_cli.errors import UsageError, WeightsError
 from dreamsr_cli.images import Photo
 from dreamsr_cli.models.llava import Llava, caption_dtype, check_quantize, open_llava, read_config, release
 from dreamsr_cli.progress import Progress
@@ -29,6 +33,7 @@ from dreamsr_cli.resample import resize_rows
 from dreamsr_cli.tile_likeness import STRIP_ROWS, Area, look_at, share
 from dreamsr_cli.tiling import Tile, TileGrid
 from dreamsr_cli.weights import file_sha256, locate, lock_entry
+from dreamsr_cli.work_sharing import Crew, Job, Service, SharedWork
 
 WEIGHTLESS = ("describe", "none")
 PHOTO_SIDE = 768
@@ -48,10 +53,11 @@ def plan_prompts(
     global_prompt: str | None,
     resume_file: Path | None,
     progress: Progress,
+    crew: Crew | None = None,
 ) -> PromptPlan:
     """All texts of one photo; a network is opened, used and freed in here. Arguments and errors as in `Captioner`."""
     with Captioner(captioner, config, device) as opened:
-        return opened.plan(photo, grid, out_width, out_height, global_prompt, resume_file, progress)
+        return opened.plan(photo, grid, out_width, out_height, global_prompt, resume_file, progress, crew)
 
 
 class Captioner:
@@ -63,7 +69,7 @@ class Captioner:
     def __init__(self, name: str, config: CaptionConfig, device: torch.device) -> None:
         """Raises `UsageError` for an unknown name or setting, `WeightsError` if its weights are missing or altered,
         `DeviceError`; nothing is opened yet."""
-        self.config, self.device = config, device
+        self.config, self.device, self._asked = config, device, name
         self._folder: Path | None = None
         self._open: Llava | None = None
         if name in WEIGHTLESS:
@@ -92,11 +98,13 @@ class Captioner:
         global_prompt: str | None,
         resume_file: Path | None,
         progress: Progress,
+        crew: Crew | None = None,
     ) -> PromptPlan:
         """One text for the photo and one for each tile of `grid`, on a canvas of out_width x out_height pixels.
 
         `global_prompt` stands in for the global text; with one tile, local text = global text. `resume_file` keeps
-        finished batches, so that the same call goes on where a killed one stopped; deleting it is the caller's. Raises
+        finished batches, so that the same call goes on where a killed one stopped; deleting it is the caller's. `crew`
+        are processes that answer batches as well. Raises
         `WeightsError`, `DeviceError`, `OutputError` and `JournalError` (the file).
         """
         if self._folder is None:
@@ -106,16 +114,20 @@ class Captioner:
         with CaptionJournal(resume_file, self._header(photo, grid, out_width, out_height)) as journal:
             if journal.resumed:
                 progress.note(f"{photo.path.name}: going on with the captions of the last run")
-            work = _Work(self, photo, journal, progress)
             if len(tiles) == 1:
+                work = _Work(self, photo, journal, progress)
                 global_text = work.whole() if global_prompt is None else global_prompt
                 texts, shared = [global_text], [None]
             else:
                 shared = self._shared(photo, tiles)
                 asked = [index for index, owner in enumerate(shared) if owner is None]
                 progress.phase("caption", len(asked) + (global_prompt is None))
-                global_text = work.whole() if global_prompt is None else global_prompt
-                texts = _spread(work.tiles(asked, seen), asked, shared)
+                setup = CaptionSetup(self._asked, self.revision, self.config, self.device.type)
+                with nullcontext() if crew is None else crew.share(setup, progress) as others:
+                    work = _Work(self, photo, journal, progress, others)
+                    work.announce(asked, seen, global_prompt is None)
+                    global_text = work.whole() if global_prompt is None else global_prompt
+                    texts = _spread(work.tiles(asked, seen), asked, shared)
         if empty := sum(not text for text in texts):
             progress.note(f"{photo.path.name}: {self.name} said nothing of use about {empty} of {len(texts)} tiles")
         return PromptPlan(
@@ -138,6 +150,11 @@ class Captioner:
             assert self._folder is not None
             self._open = open_llava(self._folder, self.device, self.config.quantize)
         return self._open
+
+    def answer(self, question: Question) -> list[str]:
+        """A cleaned text for each picture."""
+        answers = self.network().caption(question.pictures, question.instruction, question.max_words)
+        return [clean(answer, question.max_words) for answer in answers]
 
     def close(self) -> None:
         """Free the network."""
@@ -173,38 +190,96 @@ class Captioner:
         }
 
 
+@dataclass(frozen=True)
+class Question:
+    """A batch of pictures and what is asked about each."""
+
+    pictures: list[np.ndarray]
+    instruction: str
+    max_words: int
+
+
+@dataclass(frozen=True)
+class CaptionSetup:
+    """A captioner in another process: payloads are `Question`s, results their answers."""
+
+    captioner: str
+    revision: str
+    config: CaptionConfig
+    device: str
+
+    def open(self, progress: Progress) -> Service:
+        """Find the weights; the network is loaded with the first question. Raises `WeightsError`."""
+        opened = Captioner(self.captioner, self.config, choose_device(self.device))
+        if opened.revision != self.revision:
+            raise WeightsError(f"its captioner {opened.name} is not that of process 0", "copy it to every machine")
+        return opened.answer
+
+
 class _Work:
     """The questions about one photo, with what was answered before."""
 
-    def __init__(self, captioner: Captioner, photo: Photo, journal: CaptionJournal, progress: Progress) -> None:
+    def __init__(
+        self,
+        captioner: Captioner,
+        photo: Photo,
+        journal: CaptionJournal,
+        progress: Progress,
+        others: SharedWork | None = None,
+    ) -> None:
         self._captioner, self._photo, self._journal, self._progress = captioner, photo, journal, progress
+        self._others = others
+
+    def announce(self, asked: list[int], areas: list[Area], with_photo: bool) -> None:
+        """Let other processes answer what is open of this; nothing without them."""
+        if self._others is None:
+            return
+        batches = {f"tiles {first}": batch for first, batch in self._batches(asked)}
+        questions = {key: partial(self._about_tiles, batch, areas) for key, batch in batches.items()}
+        sizes = {key: len(batch) for key, batch in batches.items()}
+        if with_photo:
+            questions, sizes = {"photo": self._about_photo, **questions}, {"photo": 1, **sizes}
+        self._others.announce(
+            Job(key, question, lambda question=question: self._captioner.answer(question()))
+            for key, question in questions.items()
+            if self._journal.get(key, sizes[key]) is None
+        )
+
+    def _batches(self, asked: list[int]) -> list[tuple[int, list[int]]]:
+        size = self._captioner.config.batch
+        return [(first, asked[first : first + size]) for first in range(0, len(asked), size)]
+
+    def _about_photo(self) -> Question:
+        config = self._captioner.config
+        return Question([whole_picture(self._photo)], config.instruction, config.max_words)
+
+    def _about_tiles(self, batch: list[int], areas: list[Area]) -> Question:
+        config = self._captioner.config
+        pictures = crops(self._photo, [areas[index] for index in batch])
+        return Question(pictures, config.tile_instruction, config.tile_max_words)
+
+    def _ask(self, key: str, question: Callable[[], Question]) -> list[str]:
+        texts = self._captioner.answer(question()) if self._others is None else self._others.take(key)
+        self._journal.put(key, texts)
+        return texts
 
     def whole(self) -> str:
         """The global text."""
         texts = self._journal.get("photo", 1)
         if texts is None:
-            config = self._captioner.config
-            picture_PQC = whole_picture(self._photo)
-            texts = self._captioner.network().caption([picture_PQC], config.instruction, config.max_words)
-            texts = [clean(texts[0], config.max_words)]
-            self._journal.put("photo", texts)
+            texts = self._ask("photo", self._about_photo)
         self._progress.advance()
         return texts[0]
 
     def tiles(self, asked: list[int], areas: list[Area]) -> list[str]:
         """Texts of the tiles `asked`, in their order."""
-        config = self._captioner.config
         found: list[str] = []
         began, told, fresh = time.monotonic(), time.monotonic(), 0
-        for first in range(0, len(asked), config.batch):
-            batch = asked[first : first + config.batch]
+        for first, batch in self._batches(asked):
             key = f"tiles {first}"
             texts = self._journal.get(key, len(batch))
             if texts is None:
-                pictures = crops(self._photo, [areas[index] for index in batch])
-                answers = self._captioner.network().caption(pictures, config.tile_instruction, config.tile_max_words)
-                texts = [clean(answer, config.tile_max_words) for answer in answers]
-                self._journal.put(key, texts)
+                texts = self._ask(key, partial(self._about_tiles, batch, areas))
                 fresh += len(batch)
             found += texts
             self._progress.advance(len(batch))

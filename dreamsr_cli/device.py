@@ -6,18 +6,19 @@ from __future__ import annotations
 import torch
 
 from dreamsr_cli.errors import DeviceError, UsageError
+from dreamsr_cli.ranks import this_place
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
     """The device called `name`; "auto" is CUDA, XPU or MPS where present, else the CPU. Raises `DeviceError` if it
-    isn't there."""
+    isn't there. Of several processes each gets a card of its own."""
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return _own_card("cuda")
         if torch.xpu.is_available():
-            return torch.device("xpu")
+            return _own_card("xpu")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -33,7 +34,26 @@ def choose_device(name: str) -> torch.device:
         raise UsageError(f"--device {name}: not supported", "use auto, cpu, cuda, cuda:0, mps or xpu")
     if not present[device.type]():
         raise DeviceError(f"--device {name}: not present on this machine", "use --device auto or --device cpu")
-    return device
+    if device.index is not None and this_place().world > 1:
+        raise UsageError(
+            f"--device {name}: several processes can't share one card",
+            f"use --device {device.type}: each takes its own",
+        )
+    return _own_card(device.type) if device.type in ("cuda", "xpu") and device.index is None else device
+
+
+def _own_card(kind: str) -> torch.device:
+    """The device `kind`, which from now on means the card of this process."""
+    place = this_place()
+    if place.world > 1:
+        backend = torch.cuda if kind == "cuda" else torch.xpu
+        if place.local_rank >= backend.device_count():
+            raise DeviceError(
+                f"process {place.local_rank} of this machine has no card: there are {backend.device_count()}",
+                f"start torchrun with --nproc-per-node {backend.device_count()}, or add --device cpu",
+            )
+        backend.set_device(place.local_rank)
+    return torch.device(kind)
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:

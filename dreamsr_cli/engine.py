@@ -3,43 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-import numpy as np
 import torch
 
-from dreamsr_cli.backoff import WorkPlan, place_weights, settle, smaller_tile
+from dreamsr_cli.backoff import smaller_tile
 from dreamsr_cli.bundle_sizes import read_sizes
-from dreamsr_cli.canvas import STRIP, DecodedCanvas, EnlargedPhoto, encode
+from dreamsr_cli.canvas import STRIP
 from dreamsr_cli.captioning import WEIGHTLESS, Captioner
-from dreamsr_cli.colour import fix_strips, reads
 from dreamsr_cli.config import CaptionConfig, OutputConfig, UpscaleConfig
 from dreamsr_cli.device import choose_device, choose_dtype, dtype_name
 from dreamsr_cli.errors import DeviceError
 from dreamsr_cli.images import PhotoInfo, read_info
-from dreamsr_cli.journal import Journal
-from dreamsr_cli.journal_files import RowFile
 from dreamsr_cli.machine import describe_machine
 from dreamsr_cli.models.bundle import Bundle
-from dreamsr_cli.models.compiling import compile_blocks, compile_errors, compiled_code
-from dreamsr_cli.models.open_parts import RESTORER, TEXT_ENCODER, OpenParts
-from dreamsr_cli.models.quantization import MemoryMode, cannot_run
-from dreamsr_cli.overlap import beside
+from dreamsr_cli.models.open_parts import TEXT_ENCODER, OpenParts
+from dreamsr_cli.models.quantization import MemoryMode
+from dreamsr_cli.photo_compute import restore, write_pixels
 from dreamsr_cli.photo_job import Order, PhotoJob, UpscaleResult, read_photo
-from dreamsr_cli.photo_writer import PhotoWriter
 from dreamsr_cli.planning import Plan
 from dreamsr_cli.planning import plan as plan_work
 from dreamsr_cli.progress import Progress, SilentProgress
 from dreamsr_cli.residency import decide_residency, fits_beside
-from dreamsr_cli.sampler import ENCODE, PIXELS, REMOVE, Sampler, Texts, texture_name
+from dreamsr_cli.sampler import Texts
 from dreamsr_cli.settings import Settings, check_settings
 from dreamsr_cli.text_buckets import BYTE_BUCKETS, T5_BUCKETS, asked_bucket
 from dreamsr_cli.texts_ahead import TEXT_BYTES, TextsAhead, texts_of
 from dreamsr_cli.tile_choice import settle_tile
+from dreamsr_cli.work_sharing import Crew
 from dreamsr_cli.workload import Limits
 
 __all__ = ["Engine", "Order", "Settings", "UpscaleResult", "check_settings", "upscale"]
@@ -53,16 +47,18 @@ def upscale(
     output: OutputConfig,
     progress: Progress,
     prompts: Path | None = None,
+    crew: Crew | None = None,
 ) -> UpscaleResult:
     """Restore `photo_path` at a larger size and write `out_path`, whole or not at all.
 
     Work lies in a journal beside the output: the same call goes on where a killed one stopped. `prompts` is a file with
-    this photo's prompts, which the captioner then doesn't make. Raises `UsageError` for settings that make no sense
-    with this bundle, `InputError`, `OutputError`, `JournalError`, `WeightsError`, `DeviceError`.
+    this photo's prompts, which the captioner then doesn't make; `crew` are other processes that share in the work.
+    Raises `UsageError` for settings that make no sense with this bundle, `InputError`, `OutputError`, `JournalError`,
+    `WeightsError`, `DeviceError`, `ProcessError`.
     """
     order = Order(photo_path, out_path, prompts)
-    with Engine(bundle, config, output) as engine, engine.read(order, progress) as job:
-        engine.compute(job, progress)
+    with Engine(bundle, config, output) as engine, engine.read(order, progress, crew) as job:
+        engine.compute(job, progress, crew)
         return job.write()
 
 
@@ -113,7 +109,7 @@ class Engine:
 
     # ---------------------------------------------------------------- one photo in three turns
 
-    def read(self, order: Order, progress: Progress) -> PhotoJob:
+    def read(self, order: Order, progress: Progress, crew: Crew | None = None) -> PhotoJob:
         """Decode, plan and describe a photo; the job is the caller's to compute and write, or to leave.
 
         Raises `InputError`, `OutputError`, `JournalError`, `UsageError`; for captioners `WeightsError`, `DeviceError`.
@@ -125,7 +121,7 @@ class Engine:
         with ExitStack() as guard:
             guard.push(job)
             progress.phase("describe", 1)
-            job.describe(self.device, progress, None, ready)
+            job.describe(self.device, progress, None, ready, crew)
             progress.advance()
             guard.pop_all()
         return job
@@ -140,12 +136,12 @@ class Engine:
             return None
         return self.read(order, progress)
 
-    def compute(self, job: PhotoJob, progress: Progress) -> None:
-        """All work of the networks, up to the last row of the result. Raises `WeightsError`, `DeviceError`,
-        `OutputError`."""
+    def compute(self, job: PhotoJob, progress: Progress, crew: Crew | None = None) -> None:
+        """All work of the networks, up to the last row of the result; `crew` are other processes that share in it.
+        Raises `WeightsError`, `DeviceError`, `OutputError`, `ProcessError`."""
         with job.timed():
             try:
-                self._compute(job, progress)
+                self._compute(job, progress, crew)
             except torch.OutOfMemoryError as error:
                 if not self.parts.make_room():
                     raise self._too_small(job) from error
@@ -153,17 +149,14 @@ class Engine:
                 return
             progress.note(f"out of memory on {self.device}: from now on networks are opened one after the other")
             try:
-                self._compute(job, progress)
+                self._compute(job, progress, crew)
             except torch.OutOfMemoryError as error:
                 raise self._too_small(job) from error
 
-    def _compute(self, job: PhotoJob, progress: Progress) -> None:
-        with compile_errors():
-            z_0 = _restore(job, self.parts, self._texts, progress)
+    def _compute(self, job: PhotoJob, progress: Progress, crew: Crew | None) -> None:
+        z_0 = restore(job, self.parts, self._texts, progress, crew)
         self.parts.release()
-        decoded = DecodedCanvas(z_0, job.work.width, self.parts.autoencoder(), self.device, progress)
-        _write(job.enlarged, decoded, job.open_writer(), self.settings.color_fix, job.journal)
-        del decoded
+        write_pixels(job, self.parts, z_0, progress, crew)
         self.parts.release()
         job.photo.close()
         for note in job.late_notes:
@@ -253,86 +246,3 @@ class Engine:
     def _too_small(self, job: PhotoJob) -> DeviceError:
         hint = f"use --tile-batch 1, or --tile {smaller_tile(job.grid.tile_width)} with --restart"
         return DeviceError(f"{job.order.photo}: out of memory on {self.device}", hint)
-
-
-def _restore(
-    job: PhotoJob,
-    parts: OpenParts,
-    embed: Callable[[PhotoJob, Progress], tuple[Texts, bool]],
-    progress: Progress,
-) -> RowFile:
-    """z_0 of the canvas: encode, remove, renoise, texture. Each network is opened for its turn, and freed after it
-    unless all fit."""
-    settings, journal, grid, shape = job.settings, job.journal, job.grid, job.shape
-    device, backoff = parts.device, job.output.backoff
-    last = texture_name(settings.steps) if settings.strength > 0 else "z_dr"
-    if journal.has(last):
-        return journal.piece(last, settings.steps, shape).file
-    texts, mask_pads = embed(job, progress)
-
-    encoded = "z_lq" if settings.removal else "z_dr"
-    if not journal.has("z_dr"):
-        encode(job.enlarged, grid, parts.autoencoder(), journal.piece(encoded, ENCODE, shape), device, progress)
-        parts.release()
-    if journal.has(last):
-        return journal.piece(last, ENCODE, shape).file
-
-    restorer = parts.restorer(mask_pads)
-    sampling, control = job.bundle.config.sampling, job.bundle.config.control
-    if settings.compile and compile_blocks(restorer):
-        progress.note(f"--compile: the first tiles take longer; what is translated is kept in {compiled_code()}")
-
-    def make_sampler(work: WorkPlan) -> Sampler:
-        restorer.place(work.offload)
-        about = (work.tile_batch, journal, progress, work.control_bytes, work.control_host, settings.tiling)
-        return Sampler(restorer, grid, texts, sampling, control, *about)
-
-    def settled() -> dict[str, Any]:
-        room = job.work.control
-        start = WorkPlan(settings.tile_batch, room["device"], settings.offload, room["host"])
-        if device.type == "cpu":
-            return start.to_json()
-        movable = not settings.compile and not cannot_run(MemoryMode(settings.quantize, "block"), device.type)
-        # What is open from other phases must not decide the batch, and so the bytes.
-        with suppress(torch.OutOfMemoryError):
-            make_sampler(start).probe()
-            return start.to_json()
-        parts.make_room(but=RESTORER)
-        start = place_weights(restorer, start, movable and backoff, progress)
-
-        def attempt(work: WorkPlan) -> None:
-            make_sampler(work).probe()
-
-        return settle(start, attempt, device, grid.tile_width, backoff, progress, movable).to_json()
-
-    work = journal.work_plan(settled)
-    sampler = make_sampler(WorkPlan(**work))
-    if journal.has("z_dr"):
-        z_dr = journal.piece("z_dr", REMOVE, shape).file
-    else:
-        z_lq = journal.piece("z_lq", ENCODE, shape)
-        z_dr = sampler.remove(z_lq.file)
-        z_lq.drop()
-    if settings.strength == 0:
-        return z_dr
-    return sampler.texture(z_dr, settings.strength, settings.steps, settings.seed, settings.guidance)
-
-
-def _write(
-    enlarged: EnlargedPhoto, decoded: DecodedCanvas, writer: PhotoWriter, color_fix: str, journal: Journal
-) -> None:
-    """Decode, fix colours and hand to the writer, strip by strip, from the first strip that isn't in the journal. One
-    strip is fixed and written while the next is decoded."""
-    start, height, width = journal.progress(PIXELS), enlarged.height, enlarged.width
-
-    def fix(take: Callable[[tuple[int, int]], np.ndarray]) -> None:
-        top = start
-        for strip in fix_strips(
-            color_fix, height, width, lambda first, last: take((first, last)), enlarged.read_rows, STRIP, start
-        ):
-            writer.write_strip(strip, enlarged.read_alpha(top, top + len(strip)))
-            top += len(strip)
-            journal.set_progress(PIXELS, top)
-            journal.sync_sometimes(writer)
-
-    beside(((rows, decoded.read_rows(*rows)) for rows in reads(color_fix, height, STRIP, start)), fix)

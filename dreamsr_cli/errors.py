@@ -62,3 +62,7 @@ class TrainingError(DreamSRError):
 
 class JournalError(DreamSRError):
     """A job's journal is in use by another process, or belongs to a job with other settings."""
+
+
+class ProcessError(DreamSRError):
+    """One of several processes died or can't be reached: the job ends, and its journal stays."""

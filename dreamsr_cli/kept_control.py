@@ -11,8 +11,8 @@ Place = tuple[int, int]
 
 
 class KeptControl:
-    """Features of batches of tiles, by the batch's place (layout, first tile): on the device until `device_bytes` are full, then in RAM
-    until `host_bytes` are; what fits neither is computed again by the caller, with the same result.
+    """Features of batches of tiles, by the batch's place (layout, first tile): on the device until `device_bytes` are
+    full, then in RAM until `host_bytes` are; what fits neither is computed again by the caller, with the same result.
 
     On a CPU both are RAM, and the second is not used.
     """
@@ -37,6 +37,11 @@ class KeptControl:
             self._near[place] = made
         elif (len(self._far) + 1) * made.size <= self.host_bytes:
             self._far[place] = made.in_ram()
+
+    def forget(self) -> None:
+        """Keep nothing of another photo."""
+        self._near.clear()
+        self._far.clear()
 
     @property
     def on_device(self) -> int:

@@ -34,6 +34,7 @@ from dreamsr_cli.prompts_file import write_prompts
 from dreamsr_cli.prompts_in_use import GivenPrompts, give_prompts, make_prompts, place_to_save
 from dreamsr_cli.sampler import PIXELS
 from dreamsr_cli.settings import Settings
+from dreamsr_cli.work_sharing import Crew
 
 CAPTIONS_FILE = "captions.jsonl"
 """In the journal: what the captioner has said so far."""
@@ -136,17 +137,22 @@ class PhotoJob:
             self.seconds += time.monotonic() - began
 
     def describe(
-        self, device: torch.device, progress: Progress, captioner: Captioner | None, ready: PromptPlan | None
+        self,
+        device: torch.device,
+        progress: Progress,
+        captioner: Captioner | None,
+        ready: PromptPlan | None,
+        crew: Crew | None = None,
     ) -> None:
         """Settle the photo's texts: the journal's; else `ready`, made earlier; else what was given and the captioner's
-        (None: one is opened and freed here)."""
+        (None: one is opened and freed here), in which `crew` share."""
         captions = self.journal.folder / CAPTIONS_FILE
         work, journal = self.work, self.journal
         make = partial(
             make_prompts, self.photo, work.grid, work.width, work.height, self.given, self.settings, device, captions
         )
         try:
-            found = journal.text(lambda: (ready or make(progress, captioner)).to_json())
+            found = journal.text(lambda: (ready or make(progress, captioner, crew)).to_json())
         finally:
             # Captions made before an error are worth keeping.
             if captions.exists():

@@ -22,6 +22,7 @@ from dreamsr_cli.prompts import PhotoId, PromptPlan
 from dreamsr_cli.prompts_file import PromptsError, check_photo, prompts_name, read_prompts
 from dreamsr_cli.settings import Settings
 from dreamsr_cli.tiling import TileGrid, make_grid
+from dreamsr_cli.work_sharing import Crew
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,12 @@ def make_prompts(
     resume_file: Path,
     progress: Progress,
     captioner: Captioner | None = None,
+    crew: Crew | None = None,
 ) -> PromptPlan:
     """The texts of a run, one for each tile, with the captioner's where nothing else was given.
 
     `captioner` is one that is open already; None: it is opened and freed here. `resume_file` is where it keeps what it
-    has said so far. Raises `WeightsError`, `DeviceError`.
+    has said so far; `crew` share in its work. Raises `WeightsError`, `DeviceError`.
     """
     whole = settings.prompt_mode == "global"
     plan = given.plan
@@ -91,7 +93,7 @@ def make_prompts(
         # In mode "global" no tile needs a caption of its own.
         described = make_grid(height, width, 0, 0) if whole else grid
         with nullcontext(captioner) if captioner else Captioner(settings.captioner, CaptionConfig(), device) as opened:
-            plan = opened.plan(photo, described, width, height, given.global_text, resume_file, progress)
+            plan = opened.plan(photo, described, width, height, given.global_text, resume_file, progress, crew)
     else:
         plan = with_texts(plan, given.global_text, {})
     return spread(plan, grid) if whole else with_texts(plan, None, given.tile_texts)

@@ -8,11 +8,12 @@ C channels, H W latent rows and columns of the canvas.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,10 +33,11 @@ from dreamsr_cli.models.flux_control import FluxControl
 from dreamsr_cli.models.text_encoder import TextEmbedding, stack
 from dreamsr_cli.multidiffusion import finished_rows, slots_needed
 from dreamsr_cli.progress import Progress
-from dreamsr_cli.shifted_tiling import overlapping, texture_layouts
+from dreamsr_cli.shifted_tiling import Layout, overlapping, texture_layouts
 from dreamsr_cli.text_buckets import bucket_of
 from dreamsr_cli.tiling import Tile, TileGrid
 from dreamsr_cli.transfers import LookAhead, Reading, lead, to_device
+from dreamsr_cli.work_sharing import Job, SharedWork
 
 REMOVAL_GUIDANCE = 1.0
 """FLUX's guidance input in the removal step, as in training (method.md)."""
@@ -71,11 +73,41 @@ class Texts:
         return longest if len(self.local) == 1 else max(longest, bucket_of(longest, self.most_tokens, self.buckets))
 
 
+class Crops(Protocol):
+    """A canvas that tiles are cut from: a file, or what process 0 sent of it."""
+
+    def crop(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """A rectangle in latent pixels, float32 (C, height, width)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of the networks over all tiles."""
+
+    step: int
+    """`REMOVE`, or the number of a texture step."""
+    t: float
+    guidance: float | None
+
+
+@dataclass(frozen=True)
+class TileBatch:
+    """A batch of tiles on its way to another process."""
+
+    work: Pass
+    tiles: tuple[int, ...]
+    """Indices, padded to a full batch."""
+    crops: tuple[dict[int, np.ndarray], ...]
+    """(C, H, W) of each tile by index, of each canvas that the pass reads."""
+
+
 class Sampler:
     """Both stages for one canvas. Canvases lie in the journal; only batches of tiles go to the device. `tiling` is
     where the tiles of texture steps lie (`shifted_tiling`); `layout` holds the tiles in force.
 
-    Without gradients, but not in inference mode: quantized weights can't be moved in that.
+    Without gradients, but not in inference mode: quantized weights can't be moved in that. With `shared`, other
+    processes compute batches as well; theirs is a sampler without a journal, of which `velocity` is called.
     """
 
     def __init__(
@@ -86,17 +118,19 @@ class Sampler:
         sampling: SamplingConfig,
         control: ControlConfig,
         tile_batch: int,
-        journal: Journal,
+        journal: Journal | None,
         progress: Progress,
         control_bytes: int = CONTROL_BYTES,
         control_host: int = 0,
         tiling: str = "overlap",
+        shared: SharedWork | None = None,
     ) -> None:
         self.restorer, self.grid, self.texts = restorer, grid, texts
-        self.layout, self.tiling = overlapping(grid), tiling
+        self.layout = overlapping(grid)
+        self._layouts = texture_layouts(grid, tiling)
         self.sampling, self.control = sampling, control
-        self.journal, self.progress = journal, progress
-        self._control_room = (control_bytes, control_host)
+        self._journal, self.progress, self.shared = journal, progress, shared
+        self._kept = KeptControl(restorer.device, control_bytes, control_host)
         self.batch = min(tile_batch, len(grid.tiles))
         self.device, self.dtype = restorer.device, next(restorer.dit.parameters()).dtype
         self._glob = stack([texts.glob.to(self.device, self.dtype)])
@@ -105,12 +139,23 @@ class Sampler:
         self._has_guidance = bool(restorer.dit.transformer.config["guidance_embeds"])
         channels = restorer.dit.transformer.config["in_channels"] // 4
         self.shape = (channels, grid.canvas_height // STRIDE, grid.canvas_width // STRIDE)
-        self._slots = self._open_slots(grid)
+        self._slots: Slots | None = None
 
-    def _open_slots(self, *grids: TileGrid) -> Slots:
-        """Slots for tiles of any of these grids, whose tiles have one size."""
-        _, _, height, width = grids[0].tiles[0].latent_box()
-        return self.journal.slots(max(slots_needed(grid, self.batch) for grid in grids), (self.shape[0], height, width))
+    @property
+    def journal(self) -> Journal:
+        """Where canvases and velocities lie."""
+        assert self._journal is not None, "another process has the journal"
+        return self._journal
+
+    def layout_of(self, step: int) -> Layout:
+        """The tiles of the removal step (`REMOVE`) or of a texture step."""
+        return overlapping(self.grid) if step == REMOVE else self._layouts[(step - 1) % len(self._layouts)]
+
+    def _open_slots(self, *layouts: Layout) -> Slots:
+        """Slots for tiles of any of these layouts, whose tiles have one size."""
+        _, _, height, width = layouts[0].grid.tiles[0].latent_box()
+        count = max(slots_needed(layout.grid, self.batch) for layout in layouts)
+        return self.journal.slots(count, (self.shape[0], height, width))
 
     @torch.no_grad()
     def probe(self) -> None:
@@ -130,10 +175,8 @@ class Sampler:
         self.progress.phase("remove degradation", len(self.grid.tiles))
         piece = self.journal.piece("z_dr", REMOVE, self.shape)
 
-        def velocity(tiles: tuple[Tile, ...]) -> Tensor:
-            return self._removal_velocity(self._crops(z_lq, tiles), tiles, guidance)
-
-        for top, bottom, v_CHW in self._merged(velocity, REMOVE, piece.rows_done):
+        self._slots = self._open_slots(self.layout_of(REMOVE))
+        for top, bottom, v_CHW in self._merged(Pass(REMOVE, self.sampling.t_r, guidance), (z_lq,), piece.rows_done):
             piece.append(z_lq.rows(top, bottom) - t_r * v_CHW)
         return piece.finish()
 
@@ -142,9 +185,8 @@ class Sampler:
         """Stage 2: renoise z_dr to `t_start` (eq. 3), then `steps` Euler steps on the whole canvas, LoRA off."""
         guidance = guidance if self._has_guidance else None
         ts = flow.timesteps(t_start, steps)
-        layouts = texture_layouts(self.grid, self.tiling)
-        if self.tiling != "overlap":
-            self._slots = self._open_slots(*(layout.grid for layout in layouts))
+        layouts = self._layouts
+        self._slots = self._open_slots(*layouts)
         self.progress.phase("texture", steps * len(layouts[0].grid.tiles))
         finished = next((k for k in range(steps, -1, -1) if self.journal.has(texture_name(k))), 0)
         source = self.journal.piece(texture_name(finished), finished or RENOISE, self.shape)
@@ -152,30 +194,39 @@ class Sampler:
             self._renoise(z_dr, source, t_start, seed)
         self.progress.advance(finished * len(layouts[0].grid.tiles))
         self.journal.drop(texture_name(k) for k in range(finished))
-        kept = KeptControl(self.device, *self._control_room)
+        self._kept.forget()
         for step, (t, t_next) in enumerate(pairwise(ts), start=1):
             if step <= finished:
                 continue
             self.progress.at(f"step {step} of {steps}")
-            self.layout = layouts[(step - 1) % len(layouts)]
-
-            def velocity(tiles: tuple[Tile, ...], t: float = t, z: RowFile = source.file) -> Tensor:
-                try:
-                    return self._texture_velocity(z, z_dr, tiles, t, guidance, kept)
-                except torch.OutOfMemoryError:
-                    if not kept.leave_device():
-                        raise
-                    self._control_room = (0, self._control_room[1])
-                self.progress.note(f"out of memory on {self.device}: control features are computed again, not kept")
-                return self._texture_velocity(z, z_dr, tiles, t, guidance, kept)
-
             piece = self.journal.piece(texture_name(step), step, self.shape)
-            for top, bottom, v_CHW in self._merged(velocity, step, piece.rows_done):
+            work, following = Pass(step, t, guidance), Pass(step + 1, t_next, guidance) if step < steps else None
+            canvases = source.file, z_dr
+            for top, bottom, v_CHW in self._merged(work, canvases, piece.rows_done, following, piece):
                 piece.append(source.file.rows(top, bottom) + np.float32(t_next - t) * v_CHW)
             piece.finish()
             source.drop()
             source = piece
         return source.file
+
+    def velocity(self, work: Pass, canvases: Sequence[Crops], tiles: tuple[Tile, ...]) -> np.ndarray:
+        """v of a full batch of tiles, float32 (B, C, H, W). `canvases`: (z_lq,) to remove, (z_t, z_dr) for texture."""
+        return Reading(self._velocity(work, canvases, tiles)).array()
+
+    @torch.no_grad()
+    def _velocity(self, work: Pass, canvases: Sequence[Crops], tiles: tuple[Tile, ...]) -> Tensor:
+        self.layout = self.layout_of(work.step)
+        with attention_kernels(self.device):
+            if work.step == REMOVE:
+                return self._removal_velocity(self._crops(canvases[0], tiles), tiles, work.guidance)
+            z, z_dr = canvases
+            try:
+                return self._texture_velocity(z, z_dr, tiles, work.t, work.guidance)
+            except torch.OutOfMemoryError:
+                if not self._kept.leave_device():
+                    raise
+            self.progress.note(f"out of memory on {self.device}: control features are computed again, not kept")
+            return self._texture_velocity(z, z_dr, tiles, work.t, work.guidance)
 
     def _renoise(self, z_dr: RowFile, piece: Piece, t: float, seed: int) -> None:
         for top in range(piece.rows_done, piece.rows, RENOISE_ROWS):
@@ -192,75 +243,109 @@ class Sampler:
 
     def _texture_velocity(
         self,
-        z: RowFile,
-        z_dr: RowFile,
+        z: Crops,
+        z_dr: Crops,
         tiles: tuple[Tile, ...],
         t: float,
         guidance: float | None,
-        kept: KeptControl,
     ) -> Tensor:
         z_BCHW = self._crops(z, tiles)
-        injections = self._texture_control(z_BCHW, z_dr, tiles, t, guidance, kept)
+        injections = self._texture_control(z_BCHW, z_dr, tiles, t, guidance)
         made_BCHW = self.restorer.dit(z_BCHW, self._time(t), self._dit_text(tiles), injections, guidance)
         if self.sampling.prediction == "velocity":
             return made_BCHW
         return flow.velocity_of_correction(z_BCHW, self._crops(z_dr, tiles), made_BCHW, t)
 
     def _merged(
-        self, velocity: Callable[[tuple[Tile, ...]], Tensor], step: int, ready: int
+        self,
+        work: Pass,
+        canvases: Sequence[Crops],
+        ready: int,
+        following: Pass | None = None,
+        piece: Piece | None = None,
     ) -> Iterator[tuple[int, int, np.ndarray]]:
         """(top, bottom, v rows) of the canvas' merged velocity, each band as soon as no later tile touches it.
 
-        Goes on at latent row `ready`; batches whose slots are whole are not computed again.
+        Goes on at latent row `ready`; batches whose slots are whole are not computed again. Other processes may begin
+        the pass `following` on finished rows of `piece`, which this one makes.
         """
-        self._slots.begin(step)
-        batches = list(self.layout.grid.batches(self.batch))
-        missing = [tiles for tiles in batches if not self._is_there(tiles, ready)]
-        computed = LookAhead(lambda tiles: self._padded(velocity, tiles), missing, lead(self.device))
+        layout, slots = self.layout_of(work.step), self._slots
+        assert slots is not None
+        slots.begin(work.step)
+
+        def is_there(tiles: tuple[Tile, ...]) -> bool:
+            blended = all((tile.top + tile.height) // STRIDE <= ready for tile in tiles)
+            return blended or all(slots.holds(tile.index) for tile in tiles)
+
+        def compute(tiles: tuple[Tile, ...]) -> Tensor:
+            return self._velocity(work, canvases, self._padded(tiles))
+
+        batches = list(layout.grid.batches(self.batch))
+        missing = [tiles for tiles in batches if not is_there(tiles)]
+        computed = LookAhead(compute, missing, lead(self.device))
+        if self.shared is not None:
+            self.shared.announce(self._job(work, canvases, tiles) for tiles in missing)
+            if following is not None and piece is not None:
+                after = (piece.file, *canvases[1:])
+                coming = self.layout_of(following.step).grid.batches(self.batch)
+                self.shared.announce(self._job(following, after, tiles, piece) for tiles in coming)
         to_do = {tiles[0].index for tiles in missing}
         for tiles in batches:
             v_BCHW = None
             if tiles[0].index in to_do:
-                v_BCHW = computed.read(tiles)
-            elif not self._is_there(tiles, ready):  # its slots were taken meanwhile by tiles computed again
-                v_BCHW = Reading(self._padded(velocity, tiles)).array()
+                key = (work.step, tiles[0].index)
+                v_BCHW = computed.read(tiles) if self.shared is None else self.shared.take(key)
+            elif not is_there(tiles):  # its slots were taken meanwhile by tiles computed again
+                v_BCHW = Reading(compute(tiles)).array()
             if v_BCHW is not None:
-                for tile, v_CHW in zip(tiles, v_BCHW, strict=True):
-                    self._slots.put(tile.index, v_CHW)
+                for tile, v_CHW in zip(tiles, v_BCHW[: len(tiles)], strict=True):
+                    slots.put(tile.index, v_CHW)
                 self.journal.worked()
             self.progress.advance(len(tiles))
-            finished = finished_rows(self.layout.grid, tiles[-1].index + 1)
+            finished = finished_rows(layout.grid, tiles[-1].index + 1)
             if finished > ready:
-                yield ready, finished, self.layout.blend_rows(self._slots, ready, finished)
+                yield ready, finished, layout.blend_rows(slots, ready, finished)
                 ready = finished
 
-    def _is_there(self, tiles: tuple[Tile, ...], ready: int) -> bool:
-        """Whether a batch needs no computing: its rows are blended, or its slots are whole."""
-        blended = all((tile.top + tile.height) // STRIDE <= ready for tile in tiles)
-        return blended or all(self._slots.holds(tile.index) for tile in tiles)
+    def _job(self, work: Pass, canvases: Sequence[Crops], tiles: tuple[Tile, ...], making: Piece | None = None) -> Job:
+        """A batch as a job for whoever is free; it can begin once the rows it reads of the canvas in `making` are
+        there."""
+        padded = self._padded(tiles)
+        bottom = max(tile.top + tile.height for tile in tiles) // STRIDE
 
-    def _padded(self, velocity: Callable[[tuple[Tile, ...]], Tensor], tiles: tuple[Tile, ...]) -> Tensor:
-        """Velocities of a batch that may be short, computed at full size."""
-        with attention_kernels(self.device):
-            return velocity(tiles + (tiles[-1],) * (self.batch - len(tiles)))[: len(tiles)]
+        def pack() -> TileBatch:
+            crops = ({tile.index: canvas.crop(*tile.latent_box()) for tile in tiles} for canvas in canvases)
+            return TileBatch(work, tuple(tile.index for tile in padded), tuple(crops))
+
+        kept_place = self.layout_of(work.step).number, tiles[0].index
+        return Job(
+            key=(work.step, tiles[0].index),
+            pack=pack,
+            here=partial(self.velocity, work, canvases, padded),
+            place=kept_place if work.step != REMOVE and self.control.timestep == "clean" else None,
+            ready=lambda: making is None or bottom <= making.rows_done,
+        )
+
+    def _padded(self, tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
+        """A batch that may be short, at full size."""
+        return tiles + (tiles[-1],) * (self.batch - len(tiles))
 
     def _texture_control(
         self,
         z_BCHW: Tensor,
-        z_dr: RowFile,
+        z_dr: Crops,
         tiles: tuple[Tile, ...],
         t: float,
         guidance: float | None,
-        kept: KeptControl,
     ) -> Injections:
         """Control features of stage 2, from memory where they don't depend on the step and there is room."""
         place = self.layout.number, tiles[0].index
-        found = kept.find(place)
+        found = self._kept.find(place)
         if found is not None:
             return found
         made = self._control(self._crops(z_dr, tiles), tiles, t, guidance, z_BCHW)
         if self.control.timestep == "clean":
-            kept.keep(place, made)
+            self._kept.keep(place, made)
         return made
 
     def _control(
@@ -293,7 +378,7 @@ class Sampler:
     def _local(self, tile: Tile) -> TextEmbedding:
         return self.texts.local[self.layout.texts[tile.index]]
 
-    def _crops(self, canvas: RowFile, tiles: tuple[Tile, ...]) -> Tensor:
+    def _crops(self, canvas: Crops, tiles: tuple[Tile, ...]) -> Tensor:
         return to_device(np.stack([canvas.crop(*tile.latent_box()) for tile in tiles]), self.device)
 
     def _time(self, t: float) -> Tensor:

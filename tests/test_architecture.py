@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "dreamsr_cli"
 
 LAYERS = (
-    ("__init__", "errors", "progress", "config", "draws"),
+    ("__init__", "errors", "progress", "config", "draws", "ranks"),
     (
         "images",
         "photo_pixels",
@@ -51,6 +51,9 @@ LAYERS = (
         "json_lines",
         "worker_pool",
         "overlap",
+        "processes",
+        "work_sharing",
+        "helping",
     ),
     ("models",),
     (
@@ -76,6 +79,7 @@ LAYERS = (
         "memory_choice",
         "prompts_in_use",
         "backoff",
+        "phase_sharing",
         "planning",
         "workload",
         "tile_choice",
@@ -92,6 +96,7 @@ NO_TORCH = (
     "progress",
     "config",
     "draws",
+    "ranks",
     "weights",
     "weights_lock",
     "hub",

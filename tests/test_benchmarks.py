@@ -89,6 +89,18 @@ def test_time_goes_where_it_was_spent(script, tiny_bundle, monkeypatch, capsys, 
     assert place == "dit" or run["rest"] >= 0.6
 
 
+@pytest.mark.slow
+def test_processes_are_compared_with_threads(monkeypatch, tiny_bundle, capsys) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    script = importlib.import_module("processes")
+    assert script.main(["--quick", "--model", str(tiny_bundle), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (pair,) = found["pairs"]
+    assert found["ratio"] == pytest.approx(pair["several"] / pair["one"])
+    assert pair["several_whole"] > pair["several"] > 0 and found["tiles"] == 20
+    assert found["levels"]["mean"] <= 0.1
+
+
 def test_the_plain_loop_is_the_same_method(script, tiny_bundle, tmp_path) -> None:
     """With control switched off on both sides, our sampler and the loop over diffusers give the same canvas."""
     loop = importlib.import_module("diffusers_loop")

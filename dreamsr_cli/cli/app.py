@@ -13,8 +13,11 @@ from dreamsr_cli import __version__
 from dreamsr_cli.cli import caption, degrade, doctor, fetch_weights, train, upscale
 from dreamsr_cli.cli import eval as evaluate
 from dreamsr_cli.cli.console import explain, report, stop_on_signals
+from dreamsr_cli.cli.several_processes import end, help_out, role
+from dreamsr_cli.cli.upscaling import silence_libraries
 from dreamsr_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, DreamSRError, UsageError
 from dreamsr_cli.overlap import threads_left
+from dreamsr_cli.ranks import this_place
 
 app = typer.Typer(
     name="dreamsr",
@@ -76,7 +79,18 @@ def main() -> NoReturn:
     # A file name may hold bytes that are no text; it is printed back as those bytes.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")
-    code = run(sys.argv[1:])
+    arguments = sys.argv[1:]
+    try:
+        place = this_place()
+    except DreamSRError as error:
+        sys.exit(_fail(error))
+    if place.world > 1:
+        here = role(arguments, place)
+        if here == "helper":
+            silence_libraries()
+            help_out(place)
+        end(EXIT_DONE if here == "nobody" else run(arguments))
+    code = run(arguments)
     if threads_left():
         # An interruption doesn't wait for a large photo being read or written; its journal holds all that is needed.
         for stream in (sys.stdout, sys.stderr):

@@ -6,24 +6,28 @@ import hashlib
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreamsr_cli.cli.caption_options import CaptionRun
-from dreamsr_cli.cli.console import Display, explain, stop_if_asked
+from dreamsr_cli.cli.console import Display, explain
 from dreamsr_cli.cli.options import RunConfig
 from dreamsr_cli.cli.photo_batch import PhotoBatch
+from dreamsr_cli.cli.photo_sharing import Photos, PhotoSetup
 from dreamsr_cli.cli.photos import Found, Job, Naming, find_photos, plan_jobs, prepare_target
 from dreamsr_cli.cli.upscaling import open_verified_bundle, silence_libraries
 from dreamsr_cli.config import CaptionConfig
 from dreamsr_cli.errors import (
     DreamSRError,
+    ProcessError,
     UsageError,
 )
 
 if TYPE_CHECKING:
     from dreamsr_cli.captioning import Captioner
     from dreamsr_cli.settings import Settings
+    from dreamsr_cli.work_sharing import Crew
 
 _LONGEST_NAME = 255
 
@@ -67,19 +71,19 @@ class CaptioningRun(PhotoBatch):
         naming = PromptsNaming(Path(self.out) if self.out else None, is_file, "json", "", lambda _: 1.0)
         plan = plan_jobs(found, naming)
         self.total = len(plan)
-        settings = self._settings()
+        self.open()
+        with self.captioner:
+            setup = PhotoSetup(partial(helping_caption, self.config, self.options))
+            for entry, outcome in Photos(plan, self, self.crew, setup).outcomes():
+                self._tell(entry, outcome)
+
+    def open(self) -> None:
+        """What every photo needs: settings and captioner."""
         from dreamsr_cli.captioning import Captioner
         from dreamsr_cli.device import choose_device
 
-        with Captioner(settings.captioner, self.config, choose_device(settings.device)) as captioner:
-            for number, entry in enumerate(plan, start=1):
-                stop_if_asked()
-                if isinstance(entry, Found):
-                    self._tell(entry, entry.problem)
-                    continue
-                with self.display.photo(f"[{number}/{self.total}] {entry.source.name}"):
-                    outcome = self._caption(entry, settings, captioner)
-                self._tell(entry, outcome)
+        self.settings = self._settings()
+        self.captioner = Captioner(self.settings.captioner, self.config, choose_device(self.settings.device))
 
     def _settings(self) -> Settings:
         """Size, tiles and captioner, with what the bundle decides filled in as for `upscale`."""
@@ -99,11 +103,14 @@ class CaptioningRun(PhotoBatch):
         )
         return check_settings(asked, open_verified_bundle(RunConfig(model=run.model), check=False))
 
-    def _caption(self, job: Job, settings: Settings, captioner: Captioner) -> dict[str, Any] | DreamSRError:
+    def photo(self, job: Job, crew: Crew | None) -> dict[str, Any] | DreamSRError:
+        """Caption one photo; an error that concerns it alone is returned."""
         try:
             if not prepare_target(job, self.options.overwrite, self.options.skip_existing):
                 return {"input": str(job.source), "output": str(job.target), "skipped": True}
-            return self._write(job, settings, captioner)
+            return self._write(job, self.settings, self.captioner, crew)
+        except ProcessError:
+            raise
         except UsageError as error:
             if self.options.long_side is None and self.options.short_side is None:
                 raise  # it would be wrong for every photo
@@ -111,7 +118,7 @@ class CaptioningRun(PhotoBatch):
         except Exception as error:
             return explain(error, f"captioning {job.source}")
 
-    def _write(self, job: Job, settings: Settings, captioner: Captioner) -> dict[str, Any]:
+    def _write(self, job: Job, settings: Settings, captioner: Captioner, crew: Crew | None) -> dict[str, Any]:
         from dreamsr_cli.images import open_photo
         from dreamsr_cli.photo_writer import check_canvas
         from dreamsr_cli.prompts_file import write_prompts
@@ -124,7 +131,7 @@ class CaptioningRun(PhotoBatch):
             width, height = canvas_size(*size, settings.scale, settings.long_side, settings.short_side)
             check_canvas(job.source, width, height, "png", self.options.max_pixels)  # PNG: no limit of a format
             grid = make_grid(height, width, settings.tile, settings.overlap)
-            plan = captioner.plan(photo, grid, width, height, settings.prompt, part, self.display)
+            plan = captioner.plan(photo, grid, width, height, settings.prompt, part, self.display, crew)
             for note in photo.notes:
                 self.display.note(f"{job.source.name}: {note}")
         write_prompts(job.target, plan)
@@ -140,6 +147,13 @@ class CaptioningRun(PhotoBatch):
             "global_prompt": plan.global_text,
             "seconds": round(time.monotonic() - began, 3),
         }
+
+
+def helping_caption(config: CaptionConfig, options: CaptionRun, display: Display) -> CaptioningRun:
+    """The same run in another process, which is sent its photos one by one."""
+    run = CaptioningRun([], config, options, False, display)
+    run.open()
+    return run
 
 
 def json_is_file(out: str | None, found: list[Found]) -> bool:

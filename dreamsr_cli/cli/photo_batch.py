@@ -6,15 +6,23 @@ import json
 import os
 import sys
 from abc import ABC, abstractmethod
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 from dreamsr_cli.cli.console import Display, report
 from dreamsr_cli.cli.photos import Found, Job
+from dreamsr_cli.cli.several_processes import joined
 from dreamsr_cli.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_SOME_FAILED, DreamSRError
+
+if TYPE_CHECKING:
+    from dreamsr_cli.work_sharing import Crew
 
 
 class PhotoBatch(ABC):
     """One run of a command: photos done, failed and in all, and the exit code that follows from them."""
+
+    crew: Crew | None = None
+    """The other processes, where there are any."""
 
     def __init__(self, out: str | None, as_json: bool, display: Display) -> None:
         self.as_json, self.display = as_json, display
@@ -24,7 +32,8 @@ class PhotoBatch(ABC):
     def run(self) -> int:
         """Do everything; the exit code. Raises `DreamSRError` only for what concerns every photo."""
         try:
-            self._run()
+            with nullcontext() if self._writes_nothing() else joined() as self.crew:
+                self._run()
         except KeyboardInterrupt:
             print(f"interrupted: {self.done} of {self.total} photos done; {self._how_to_go_on()}", file=sys.stderr)
             return EXIT_INTERRUPTED
@@ -37,6 +46,10 @@ class PhotoBatch(ABC):
     @abstractmethod
     def _run(self) -> None:
         """Find the photos, set `total`, and hand each outcome to `_tell`."""
+
+    def _writes_nothing(self) -> bool:
+        """Whether there is no work to share."""
+        return False
 
     def _how_to_go_on(self) -> str:
         return "the same command goes on"

@@ -54,10 +54,9 @@ class Planner:
         self._limits = Limits(strip_rows=STRIP)
         settings = self._settings
         mode = MemoryMode(settings.quantize, settings.offload)
-        batch, limits = settings.tile_batch, self._limits
-        self._kept = decide_residency(
-            self._sizes, mode, self._machine, settings.tile_auto[1] if settings.tile_auto else settings.tile, batch, limits, photos, config.memory
-        ).keep
+        tile = settings.tile_auto[1] if settings.tile_auto else settings.tile
+        about = (self._machine, tile, settings.tile_batch, self._limits, photos, config.memory)
+        self._kept = decide_residency(self._sizes, mode, *about).keep
         self._lacks = tuple(str(lack) for lack in lacking(bundle.config))
         tile = self._settings.tile or bundle.config.defaults.tile
         itemsize = 4 if config.precision == "fp32" else 2  # cards compute in 16 bits unless asked not to

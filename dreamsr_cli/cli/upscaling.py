@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreamsr_cli.cli.console import Display, explain, stop_if_asked
+from dreamsr_cli.cli.console import Display, explain
 from dreamsr_cli.cli.options import RunConfig, UpscaleOptions
 from dreamsr_cli.cli.photo_batch import PhotoBatch
+from dreamsr_cli.cli.photo_sharing import Photos, PhotoSetup
 from dreamsr_cli.cli.photos import (
     EXTENSIONS,
     Found,
@@ -29,15 +32,17 @@ from dreamsr_cli.cli.prompt_paths import PromptPaths
 from dreamsr_cli.config import OutputConfig
 from dreamsr_cli.errors import (
     DreamSRError,
+    ProcessError,
     UsageError,
 )
 from dreamsr_cli.progress import Progress, SilentProgress
 from dreamsr_cli.weights import BUILTIN, BUILTIN_FOLDER, file_sha256, lock_entry, verify
 
 if TYPE_CHECKING:
-    from dreamsr_cli.engine import UpscaleResult
+    from dreamsr_cli.engine import Engine, Order, UpscaleResult
     from dreamsr_cli.models.bundle import Bundle
     from dreamsr_cli.settings import Settings
+    from dreamsr_cli.work_sharing import Crew
 
 
 class Upscaling(PhotoBatch):
@@ -48,6 +53,9 @@ class Upscaling(PhotoBatch):
     ) -> None:
         super().__init__(options.run.out, as_json, display)
         self.inputs, self.options, self.dry_run = inputs, options, dry_run
+
+    def _writes_nothing(self) -> bool:
+        return self.dry_run
 
     def _text(self, outcome: dict[str, Any]) -> str:
         return plan_table(outcome) if self.dry_run else super()._text(outcome)
@@ -70,7 +78,8 @@ class Upscaling(PhotoBatch):
         settings = check_settings(self.options.config, bundle)
         if settings.memory is not None:
             self.display.note(settings.memory)
-        planner = Planner(bundle, self.options.config, output, len(found)) if self.dry_run else None
+        self.planner = Planner(bundle, self.options.config, output, len(found)) if self.dry_run else None
+        self.bundle, self.output = bundle, output
         out = Path(self.out) if self.out else None
         naming = Naming(out, is_file, output.format, output.suffix, self._factor(bundle.config.scale))
         plan = plan_jobs(found, naming)
@@ -78,17 +87,19 @@ class Upscaling(PhotoBatch):
         self.total = len(plan)
         jobs = sum(isinstance(entry, Job) for entry in plan)
         self.prompt_paths = PromptPaths(self.options.run, jobs)
-        if planner is None:
-            self._upscale(plan, bundle, output, jobs)
+        run = self.options.run
+        texts = tuple(Path(os.path.expanduser(named)) for named in (run.prompts, run.prompt_dir) if named)
+        if self.planner is None and self.crew is None:
+            self._line(plan, jobs)
             return
-        for number, entry in enumerate(plan, start=1):
-            stop_if_asked()
-            if isinstance(entry, Found):
-                self._tell(entry, entry.problem)
-                continue
-            with self.display.photo(f"[{number}/{self.total}] {entry.source.name}"):
-                outcome = self._plan(entry, planner)
-            self._tell(entry, outcome)
+        setup = PhotoSetup(partial(helping_upscale, self.options))
+        with nullcontext() if self.planner else self._opened(jobs):
+            for entry, outcome in Photos(plan, self, self.crew, setup, texts).outcomes():
+                self._tell(entry, outcome)
+
+    def photo(self, job: Job, crew: Crew | None) -> dict[str, Any] | DreamSRError:
+        """Plan or upscale one photo; an error that concerns it alone is returned."""
+        return self._plan(job, self.planner) if self.planner else self._upscale(job, crew)
 
     def _output(self, is_file: bool) -> OutputConfig:
         """The output settings; with `-o FILE` its extension decides the format."""
@@ -115,22 +126,52 @@ class Upscaling(PhotoBatch):
 
         return factor
 
-    def _upscale(self, plan: list[Job | Found], bundle: Bundle, output: OutputConfig, photos: int) -> None:
-        from dreamsr_cli.cli.photo_line import PhotoLine
-        from dreamsr_cli.engine import Engine, Order
+    def _order(self, job: Job, progress: Progress) -> Order | dict[str, Any]:
+        """What to ask the engine for; the outcome of a photo that needs no work."""
+        from dreamsr_cli.engine import Order
 
-        def order_of(job: Job, progress: Progress) -> Order | dict[str, Any]:
-            if not prepare_target(job, output.overwrite, output.skip_existing):
-                return {"input": str(job.source), "output": str(job.target), "skipped": True}
-            return Order(job.source, job.target, self._prompts_of(job, progress))
+        if not prepare_target(job, self.output.overwrite, self.output.skip_existing):
+            return {"input": str(job.source), "output": str(job.target), "skipped": True}
+        return Order(job.source, job.target, self._prompts_of(job, progress))
 
-        def finish(result: UpscaleResult, progress: Progress) -> dict[str, Any]:
-            return {**result.to_json(), **(self._report(result, output, progress) if output.report else {})}
+    def _finish(self, result: UpscaleResult, progress: Progress) -> dict[str, Any]:
+        return {**result.to_json(), **(self._report(result, self.output, progress) if self.output.report else {})}
 
-        with Engine(bundle, self.options.config, output, photos) as engine:
+    def make_engine(self, photos: int) -> Engine:
+        """The engine of a run over so many photos."""
+        from dreamsr_cli.engine import Engine
+
+        return Engine(self.bundle, self.options.config, self.output, photos)
+
+    @contextmanager
+    def _opened(self, photos: int) -> Generator[Engine]:
+        """The engine of this run, whose networks stay open between photos where memory allows."""
+        with self.make_engine(photos) as engine:
             if engine.residency.sentence is not None:
                 self.display.note(engine.residency.sentence)
-            PhotoLine(engine, plan, order_of, finish, self.display, self._tell).run()
+            self.engine = engine
+            yield engine
+
+    def _upscale(self, job: Job, crew: Crew | None) -> dict[str, Any] | DreamSRError:
+        """One photo after another, with other processes."""
+        try:
+            order = self._order(job, self.display)
+            if isinstance(order, dict):
+                return order
+            with self.engine.read(order, self.display, crew) as opened:
+                self.engine.compute(opened, self.display, crew)
+                return self._finish(opened.write(), self.display)
+        except (UsageError, ProcessError):
+            raise  # it would be wrong for every photo
+        except Exception as error:
+            return explain(error, f"upscaling {job.source}")
+
+    def _line(self, plan: list[Job | Found], photos: int) -> None:
+        """One photo after another, reading and writing beside the computing."""
+        from dreamsr_cli.cli.photo_line import PhotoLine
+
+        with self._opened(photos) as engine:
+            PhotoLine(engine, plan, self._order, self._finish, self.display, self._tell).run()
 
     def _report(self, result: UpscaleResult, output: OutputConfig, progress: Progress) -> dict[str, Any]:
         """Write the page beside the result; its path and figures."""
@@ -175,6 +216,16 @@ class Upscaling(PhotoBatch):
         for note in given.notes:
             self.display.note(f"{job.source.name}: {note}")
         return {"prompts": None if path is None else str(path), "notes": list(given.notes)}
+
+
+def helping_upscale(options: UpscaleOptions, display: Display) -> Upscaling:
+    """The same run in another process, which is sent its photos one by one."""
+    run = Upscaling([], options, False, display)
+    run.bundle = open_verified_bundle(options.run, progress=display)
+    run.output, run.planner = options.output, None
+    run.engine = run.make_engine(2)  # lives as long as this process
+    run.prompt_paths = PromptPaths(options.run, 2)  # whole photos are shared out only where there are several
+    return run
 
 
 def header_size(photo: Path) -> tuple[int, int]:

@@ -47,10 +47,14 @@ PARTS = ("transformer", "vae", "text_encoder", "controlnet", "context_attention"
 class Bundle:
     """A bundle's config, its hash, and its parts on request. Nothing is loaded before it is asked for."""
 
-    def __init__(self, folder: Path, config: BundleConfig) -> None:
+    def __init__(
+        self, folder: Path, config: BundleConfig, opened_as: tuple[str | None, str | None] | None = None
+    ) -> None:
+        """`opened_as`: model and weights as given to `open_bundle`, so that another process can open the same."""
         self.folder, self.config = folder, config
         self.opened: Counter[str] = Counter()
         """How often the text encoder, the autoencoder and the restorer were loaded."""
+        self.opened_as = opened_as or (str(folder), None)
         self._sha256: str | None = None
         self._located: dict[str, Path] = {}
 
@@ -217,14 +221,14 @@ def open_bundle(model: str | None, weights: str | None = None) -> Bundle:
     """
     if weights is None:
         folder = _find(model or BUILT_IN[0])
-        return Bundle(folder, read_config(folder))
+        return Bundle(folder, read_config(folder), (model, None))
     run = Path(weights)
     run = run / "bundle" if (run / "bundle" / CONFIG_FILE).is_file() else run
     if not (run / CONFIG_FILE).is_file():
         raise WeightsError(f"{weights}: no {CONFIG_FILE} there", "give the folder of a finished `dreamsr train` run")
     over = read_config(run)
     if model is None:
-        return Bundle(run, over)
+        return Bundle(run, over, (None, weights))
     folder = _find(model)
     bundle = Bundle(folder, read_config(folder))
     if to_dict(over.latent) != to_dict(bundle.config.latent) or over.control.map != bundle.config.control.map:
@@ -236,7 +240,7 @@ def open_bundle(model: str | None, weights: str | None = None) -> Bundle:
     for name, part in over.parts.items():
         if part.path is not None:
             parts[name] = dataclasses.replace(part, path=str((run / part.path).resolve()))
-    return Bundle(folder, dataclasses.replace(over, parts=parts))
+    return Bundle(folder, dataclasses.replace(over, parts=parts), (model, weights))
 
 
 def read_config(folder: Path) -> BundleConfig:

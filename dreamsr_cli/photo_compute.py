@@ -1,0 +1,167 @@
+"""What the networks do for one photo: from the enlarged photo to z_0, and from z_0 to the rows of the result.
+
+With other processes (`crew`) batches of tiles and strips are shared out; the bytes are those of one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
+
+import numpy as np
+import torch
+
+from dreamsr_cli.backoff import WorkPlan, place_weights, settle
+from dreamsr_cli.canvas import STRIP, DecodedCanvas, encode
+from dreamsr_cli.colour import fix_strips, reads
+from dreamsr_cli.journal_files import RowFile
+from dreamsr_cli.models.compiling import compile_blocks, compile_errors, compiled_code
+from dreamsr_cli.models.open_parts import RESTORER, OpenParts
+from dreamsr_cli.models.quantization import MemoryMode, cannot_run
+from dreamsr_cli.overlap import beside
+from dreamsr_cli.phase_sharing import BundleId, DecodeSetup, TileSetup
+from dreamsr_cli.photo_job import PhotoJob
+from dreamsr_cli.progress import Progress
+from dreamsr_cli.sampler import ENCODE, PIXELS, REMOVE, Sampler, Texts, texture_name
+from dreamsr_cli.work_sharing import Crew, Setup, SharedWork
+
+STRIPS_WAITING = 8
+"""Decoded strips that wait in RAM for their turn, at most."""
+
+
+def restore(
+    job: PhotoJob,
+    parts: OpenParts,
+    embed: Callable[[PhotoJob, Progress], tuple[Texts, bool]],
+    progress: Progress,
+    crew: Crew | None = None,
+) -> RowFile:
+    """z_0 of the canvas: encode, remove, renoise, texture. Each network is opened for its turn, and freed after it
+    unless all fit. `embed` gives the photo's texts, and whether their padding is masked."""
+    settings, journal, shape = job.settings, job.journal, job.shape
+    last = texture_name(settings.steps) if settings.strength > 0 else "z_dr"
+    if journal.has(last):
+        return journal.piece(last, settings.steps, shape).file
+    texts, mask_pads = embed(job, progress)
+    config = job.bundle.config
+    setup = TileSetup(
+        BundleId.of(job.bundle),
+        settings.device,
+        settings.precision,
+        parts.mode,
+        mask_pads,
+        job.grid,
+        texts,
+        config.sampling,
+        config.control,
+        settings.tiling,
+        settings.compile,
+    )
+    # Other processes load their networks while this one encodes.
+    with _shared(None if settings.strength == 0 and not settings.removal else crew, setup, progress) as shared:
+        if not journal.has("z_dr"):
+            encoded = journal.piece("z_lq" if settings.removal else "z_dr", ENCODE, shape)
+            encode(job.enlarged, job.grid, parts.autoencoder(), encoded, parts.device, progress)
+            parts.release()
+        if journal.has(last):
+            return journal.piece(last, ENCODE, shape).file
+        with compile_errors():
+            return _sample(job, parts, setup, progress, shared)
+
+
+def _sample(
+    job: PhotoJob, parts: OpenParts, setup: TileSetup, progress: Progress, shared: SharedWork | None
+) -> RowFile:
+    """z_0 from z_lq: both stages, with the plan in force, or with one that every process has the memory for."""
+    settings, journal, grid, shape = job.settings, job.journal, job.grid, job.shape
+    device, backoff = parts.device, job.output.backoff
+    restorer = parts.restorer(setup.mask_pads)
+    if settings.compile and compile_blocks(restorer):
+        progress.note(f"--compile: the first tiles take longer; what is translated is kept in {compiled_code()}")
+
+    def make_sampler(work: WorkPlan) -> Sampler:
+        restorer.place(work.offload)
+        return Sampler(
+            restorer,
+            grid,
+            setup.texts,
+            setup.sampling,
+            setup.control,
+            work.tile_batch,
+            journal,
+            progress,
+            work.control_bytes,
+            work.control_host,
+            settings.tiling,
+            shared,
+        )
+
+    def attempt(work: WorkPlan) -> None:
+        make_sampler(work).probe()
+        if shared is not None:
+            shared.everyone(work)
+
+    def settled() -> dict[str, Any]:
+        room = job.work.control
+        start = WorkPlan(settings.tile_batch, room["device"], settings.offload, room["host"])
+        if device.type == "cpu":
+            return start.to_json()
+        movable = not settings.compile and not cannot_run(MemoryMode(settings.quantize, "block"), device.type)
+        # What is open from other phases must not decide the batch, and so the bytes.
+        with suppress(torch.OutOfMemoryError):
+            attempt(start)
+            return start.to_json()
+        parts.make_room(but=RESTORER)
+        start = place_weights(restorer, start, movable and backoff, progress)
+        return settle(start, attempt, device, grid.tile_width, backoff, progress, movable).to_json()
+
+    work = WorkPlan(**journal.work_plan(settled))
+    if shared is not None:
+        shared.everyone(work)
+    sampler = make_sampler(work)
+    if journal.has("z_dr"):
+        z_dr = journal.piece("z_dr", REMOVE, shape).file
+    else:
+        z_lq = journal.piece("z_lq", ENCODE, shape)
+        z_dr = sampler.remove(z_lq.file)
+        z_lq.drop()
+    if settings.strength == 0:
+        return z_dr
+    return sampler.texture(z_dr, settings.strength, settings.steps, settings.seed, settings.guidance)
+
+
+def write_pixels(job: PhotoJob, parts: OpenParts, z_0: RowFile, progress: Progress, crew: Crew | None = None) -> None:
+    """Decode, fix colours and hand to the writer, strip by strip, from the first strip that isn't in the journal. One
+    strip is fixed and written while the next is decoded."""
+    settings, journal, enlarged, writer = job.settings, job.journal, job.enlarged, job.open_writer()
+    start, height, width = journal.progress(PIXELS), enlarged.height, enlarged.width
+
+    def fix(take: Callable[[tuple[int, int]], np.ndarray]) -> None:
+        top = start
+        for strip in fix_strips(
+            settings.color_fix,
+            height,
+            width,
+            lambda first, last: take((first, last)),
+            enlarged.read_rows,
+            STRIP,
+            start,
+        ):
+            writer.write_strip(strip, enlarged.read_alpha(top, top + len(strip)))
+            top += len(strip)
+            journal.set_progress(PIXELS, top)
+            journal.sync_sometimes(writer)
+
+    decoders = DecodeSetup(BundleId.of(job.bundle), settings.device, settings.precision, width)
+    with _shared(crew, decoders, progress, STRIPS_WAITING) as shared:
+        decoded = DecodedCanvas(z_0, width, parts.autoencoder(), parts.device, progress, shared)
+        wanted = reads(settings.color_fix, height, STRIP, start)
+        beside(((rows, decoded.read_rows(*rows)) for rows in wanted), fix)
+
+
+def _shared(
+    crew: Crew | None, setup: Setup, progress: Progress, window: int | None = None
+) -> AbstractContextManager[SharedWork | None]:
+    """Inside, the other processes hold what `setup` opens; None where there are none."""
+    return nullcontext() if crew is None else crew.share(setup, progress, window)
