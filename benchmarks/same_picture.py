@@ -44,11 +44,9 @@ class Option:
     """Of `SAVINGS`, switched on."""
     same_bytes: bool = False
     """Whether no byte may change."""
-    against: str = "plain"
-    """The run it is compared with."""
 
 
-def options_of(most_tokens: int) -> Iterator[Option | tuple[str, str]]:
+def options_of() -> Iterator[Option | tuple[str, str]]:
     """What is compared; (name, reason) for what this installation can't run."""
     from dreamsr_cli.config import UpscaleConfig
     from dreamsr_cli.models.quantization import installed
@@ -84,6 +82,8 @@ def without(bundle: Bundle, savings: tuple[str, ...]) -> Generator[None]:
 
     from dreamsr_cli import control_room
 
+    limits: Any = control_room
+
     def restorer(*args: Any, **kwargs: Any) -> Any:
         made = type(bundle).open_restorer(bundle, *args, **kwargs)
         if "joint" not in savings:
@@ -93,21 +93,20 @@ def without(bundle: Bundle, savings: tuple[str, ...]) -> Generator[None]:
         return made
 
     def autoencoder(*args: Any, **kwargs: Any) -> Any:
-        made = type(bundle).open_autoencoder(bundle, *args, **kwargs)
+        made: Any = type(bundle).open_autoencoder(bundle, *args, **kwargs)
         if "channels_last" not in savings:
-            network = made if isinstance(made, torch.nn.Module) else made.vae
-            torch.nn.Module.to(network, memory_format=torch.contiguous_format)
+            (made.vae if hasattr(made, "vae") else made).to(memory_format=torch.contiguous_format)
         return made
 
-    most = control_room.CPU_MOST
+    most = limits.CPU_MOST
     changed: dict[str, Callable[..., Any]] = {"open_restorer": restorer, "open_autoencoder": autoencoder}
     for name, method in changed.items():
         setattr(bundle, name, method)
-    control_room.CPU_MOST = most if "kept" in savings else 0
+    limits.CPU_MOST = most if "kept" in savings else 0
     try:
         yield
     finally:
-        control_room.CPU_MOST = most
+        limits.CPU_MOST = most
         for name in changed:
             delattr(bundle, name)
 
@@ -162,8 +161,7 @@ def two_processes(photo: Path, folder: Path, options: argparse.Namespace) -> dic
         done = subprocess.run([*launcher, *words, "-o", str(out)], env=environ, capture_output=True, text=True)
         if done.returncode:
             return {"name": name, "skipped": f"exit code {done.returncode}: {done.stderr.strip()[-200:]}"}
-    found = compare(levels(outs[0]), levels(outs[1]))
-    return {"name": name, "against": "one process", "same_bytes": True, **found}
+    return {"name": name, "same_bytes": True, **compare(levels(outs[0]), levels(outs[1]))}
 
 
 def arguments(words: list[str] | None) -> argparse.Namespace:
@@ -199,7 +197,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     bundle = open_bundle(options.model)
-    most = bundle.config.defaults.max_text_tokens
     plain = UpscaleConfig(
         long_side=options.size,
         steps=options.steps,
@@ -208,15 +205,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         device="cpu",
         precision="fp32",
         tile_batch=4,
-        text_bucket=most,
+        text_bucket=bundle.config.defaults.max_text_tokens,
     )
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         photo = folder / "photo.jpg"
         write_photo(photo, -(-options.size // bundle.config.scale))
-        pictures = {"plain": run(bundle, photo, folder / "plain.png", plain, ())}
-        for option in options_of(most):
+        reference = run(bundle, photo, folder / "plain.png", plain, ())
+        for option in options_of():
             label = option[0] if isinstance(option, tuple) else option.name
             if options.only and not any(word in label for word in options.only):
                 continue
@@ -232,8 +229,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             except DreamSRError as error:
                 rows.append({"name": label, "skipped": error.message})
                 continue
-            found = compare(pictures[option.against], picture)
-            rows.append({"name": label, "against": option.against, "same_bytes": option.same_bytes, **found})
+            rows.append({"name": label, "same_bytes": option.same_bytes, **compare(reference, picture)})
         if not options.only or any(word in "two processes" for word in options.only):
             rows.append(two_processes(photo, folder, options))
     return {

@@ -27,6 +27,7 @@ LAYERS = (
         "batch_choice",
         "text_buckets",
         "transfers",
+        "cpu_precision",
         "multidiffusion",
         "shifted_tiling",
         "flow",

@@ -46,16 +46,51 @@ def test_quick_run(script, kind, request, capsys) -> None:
     assert (overhead["steps"], run["tiles"]) == (2, 4)
     assert (run["calls"]["dit"], run["calls"]["controlnet"]) == (3, 2)
 
-    sampler = found["sampler"]
-    assert sampler["ratio"] == pytest.approx(sampler["ours"][0] / sampler["theirs"][0])
-    assert sampler["our_calls"] == {"dit": 2, "controlnet": 1}
-    assert sampler["their_calls"] == {"dit": 2, "controlnet": 2}
+
+@pytest.mark.parametrize("kind", ["tiny_bundle", "tiny_flux_bundle"])
+def test_every_way_of_the_race_is_timed(script, kind, request, capsys) -> None:
+    race = importlib.import_module("versus_diffusers")
+    assert race.main(["--quick", "--model", str(request.getfixturevalue(kind)), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows) == [race.PLAIN, race.PLAIN_TRIMMED, *(way.name for way in race.WAYS[:-1])]
+    assert rows[race.PLAIN]["ratio"] == 1 and found["compile_skipped"]
+    assert found["ratio"] == rows["+ rotary as one product"]["ratio"] > 0
+    # 4 tiles in one batch, 2 steps; control features at every step, or once.
+    assert rows[race.PLAIN]["calls"] == rows["ours, no saving"]["calls"] == {"dit": 2, "controlnet": 2}
+    assert rows["+ control once per tile"]["calls"] == {"dit": 2, "controlnet": 1}
+    assert found["text_tokens"]["plain"] >= found["text_tokens"]["ours"]
+    # Where padding is masked, no saving changes more than rounding.
+    differences = [row["difference"] for row in found["rows"] if row["difference"] is not None]
+    assert kind != "tiny_bundle" or max(differences) < 1e-4
+
+
+def test_options_are_compared_with_the_plain_path(script, tiny_bundle, capsys) -> None:
+    same = importlib.import_module("same_picture")
+    words = ["control", "rotary", "channels", "bucket", "batch", "upscale", "bf16", "compile"]
+    assert same.main(["--quick", "--model", str(tiny_bundle), "--only", *words, "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["control features kept"]["max"] == rows["rotary as one product"]["max"] == 0
+    assert rows["as upscale does it"]["max"] <= 1 and rows["precision bf16"]["mean"] > 0
+    assert rows["compile"]["skipped"] == "not asked for"
+
+
+def test_changed_bytes_are_an_error(script) -> None:
+    same = importlib.import_module("same_picture")
+    plain = np.zeros((2, 2, 3), np.int16)
+    other = plain.copy()
+    other[0, 0, 0] = 3
+    row = {"name": "x", "same_bytes": True, **same.compare(plain, other)}
+    assert (row["max"], row["within_one"]) == (3, pytest.approx(11 / 12, abs=1e-5))
+    assert same.broken({"rows": [row, {**row, "name": "y", "same_bytes": False}, {"name": "z", "skipped": ""}]}) == [
+        "x"
+    ]
 
 
 def test_figures_are_printed_for_people(script, tiny_bundle, capsys) -> None:
-    assert script.main(["--quick", "--part", "A", "--repeat", "2", "--model", str(tiny_bundle)]) == 0
+    assert script.main(["--quick", "--repeat", "2", "--model", str(tiny_bundle)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any("A. upscale to 96x96" in line and "2 texture steps" in line for line in lines)
+    assert any("upscale to 96x96" in line and "2 texture steps" in line for line in lines)
     assert "overhead, the rest / networks: " in lines[-1] and "target" in lines[-1]
 
 
@@ -83,7 +118,7 @@ def test_time_goes_where_it_was_spent(script, tiny_bundle, monkeypatch, capsys, 
         from dreamsr_cli.canvas import EnlargedPhoto
 
         monkeypatch.setattr(EnlargedPhoto, "read_rows", slow(EnlargedPhoto.read_rows))
-    assert script.main(["--quick", "--part", "A", "--model", str(tiny_bundle), "--json"]) == 0
+    assert script.main(["--quick", "--model", str(tiny_bundle), "--json"]) == 0
     (run,) = json.loads(capsys.readouterr().out)["overhead"]["runs"]
     assert (run["networks"]["dit"] >= 0.9) == (place == "dit")
     assert place == "dit" or run["rest"] >= 0.6

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -62,7 +63,7 @@ class JointAttention:
 
     def _turned(self, x_BSND: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         if torch.compiler.is_compiling():  # inductor fuses the real form, and leaves complex numbers alone
-            return apply_rotary_emb(x_BSND, rotary, sequence_dim=1)  # ty: ignore[invalid-return-type]
+            return cast(Any, apply_rotary_emb)(x_BSND, rotary, sequence_dim=1)
         pairs = torch.view_as_complex(x_BSND.float().unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * self._factors(*rotary)).flatten(-2).to(x_BSND.dtype)
 
@@ -77,11 +78,11 @@ class JointAttention:
 def join_attention(networks: Iterable[nn.Module]) -> None:
     """Let every FLUX attention below `networks` use one `JointAttention`. For inference: fused projections and other
     processors are replaced."""
-    processor = JointAttention()
+    processor: Any = JointAttention()
     for network in networks:
         for module in network.modules():
-            if type(module).__name__ == "FluxAttention":
-                module.set_processor(processor)  # ty: ignore[call-non-callable]
+            if isinstance(module, FluxAttention):
+                module.set_processor(processor)
 
 
 def attention_kernels(device: torch.device) -> AbstractContextManager[None]:

@@ -21,7 +21,6 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-from torch import nn
 
 from dreamsr_cli.config import BundleConfig, PartConfig, from_dict, to_dict
 from dreamsr_cli.errors import ConfigError, WeightsError
@@ -131,8 +130,8 @@ class Bundle:
             # Convolutions are fastest with channels last (a quarter on a CPU [measured]).
             autoencoder.refiner.to(dtype, memory_format=torch.channels_last)
             return autoencoder
-        vae = load_part(AutoencoderKL, folder, dtype)
-        return FluxAutoencoder(nn.Module.to(vae, device, memory_format=torch.channels_last))
+        vae = load_part(AutoencoderKL, folder, dtype).to(device)
+        return FluxAutoencoder(vae.to(memory_format=torch.channels_last))
 
     def open_text_encoder(self, device: torch.device, dtype: torch.dtype, mode: MemoryMode = PLAIN) -> TextEncoder:
         """The text encoder in evaluation mode; `mode` concerns T5, the built-in encoder is small."""

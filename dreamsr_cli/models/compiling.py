@@ -12,6 +12,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,7 +51,8 @@ def check_compile(device: torch.device, mode: MemoryMode) -> None:
 def compile_blocks(restorer: Restorer) -> bool:
     """Let every block of `restorer` be translated at its first call; False where that was said before."""
     os.environ.setdefault(CACHE_VARIABLE, str(compiled_code()))
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, VARIANTS)
     blocks = [block for net in (restorer.dit.transformer, restorer.controlnet) for block in blocks_of(net)]
     fresh = [block for block in blocks if block._compiled_call_impl is None]
     for block in fresh:

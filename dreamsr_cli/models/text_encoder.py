@@ -98,7 +98,7 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
     """
 
     pads_are_seen = False
-    buckets = BYTE_BUCKETS
+    buckets: tuple[int, ...] = BYTE_BUCKETS
     PAD = 256
 
     @register_to_config
@@ -168,7 +168,7 @@ class FluxTextEncoder:
     """
 
     pads_are_seen = True
-    buckets = T5_BUCKETS
+    buckets: tuple[int, ...] = T5_BUCKETS
 
     def __init__(
         self,

@@ -18,14 +18,19 @@ class LazyTextEncoder:
     """A bundle's CLIP and T5 behind a cache. Where every prompt is known (captions), they are never opened."""
 
     pads_are_seen = True
+    buckets: tuple[int, ...] = ()
+    """Training sees the longest padding, as FLUX did."""
 
     def __init__(self, bundle: Bundle, device: torch.device, dtype: torch.dtype) -> None:
         self._bundle, self._device, self._dtype = bundle, device, dtype
         self._encoder: TextEncoder | None = None
         self._caches: dict[int, EmbeddingCache] = {}
 
-    def encode(self, texts: Sequence[str], max_tokens: int) -> tuple[list[TextEmbedding], list[int]]:
-        """See `TextEncoder.encode`; cut texts are not told."""
+    def encode(
+        self, texts: Sequence[str], max_tokens: int, buckets: Sequence[int] = ()
+    ) -> tuple[list[TextEmbedding], list[int]]:
+        """See `TextEncoder.encode`; cut texts are not told, and all are padded to `max_tokens`."""
+        assert not buckets, "embeddings are kept at one length"
         if max_tokens not in self._caches:
             folder = self._bundle.part_folder("text_encoder")
             self._caches[max_tokens] = EmbeddingCache(cache_folder() / "texts", _sha256(folder), max_tokens)
