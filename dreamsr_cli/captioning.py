@@ -22,11 +22,12 @@ import torch
 from dreamsr_cli import __version__
 from dreamsr_cli.caption_journal import CaptionJournal
 from dreamsr_cli.caption_texts import clean
-from dreamsr_cli.config import CAPTIONERS, CaptionConfig, is_captioner, to_dict
+from dreamsr_cli.config import CAPTIONERS, CaptionConfig, is_captioner
 from dreamsr_cli.device import choose_device, dtype_name
 from dreamsr_cli.errors import UsageError, WeightsError
 from dreamsr_cli.images import Photo
 from dreamsr_cli.models.llava import Llava, caption_dtype, check_quantize, open_llava, read_config, release
+from dreamsr_cli.plain_data import to_dict
 from dreamsr_cli.progress import Progress
 from dreamsr_cli.prompts import CaptionerId, PromptPlan, TilePrompt, make_plan, photo_id
 from dreamsr_cli.resample import resize_rows

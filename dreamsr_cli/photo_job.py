@@ -21,12 +21,13 @@ import torch
 from dreamsr_cli import __version__
 from dreamsr_cli.canvas import EnlargedPhoto
 from dreamsr_cli.captioning import Captioner
-from dreamsr_cli.config import OutputConfig, to_dict
+from dreamsr_cli.config import OutputConfig
 from dreamsr_cli.images import Photo, open_photo
 from dreamsr_cli.journal import Journal, journal_folder
 from dreamsr_cli.models.autoencoder import STRIDE
 from dreamsr_cli.models.bundle import Bundle
 from dreamsr_cli.photo_writer import PhotoWriter, check_canvas
+from dreamsr_cli.plain_data import to_dict
 from dreamsr_cli.planning import Plan, record_efficiency
 from dreamsr_cli.progress import Progress
 from dreamsr_cli.prompts import PromptPlan, photo_id

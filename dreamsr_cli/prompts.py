@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dreamsr_cli.config import from_dict, to_dict
 from dreamsr_cli.errors import ConfigError, UsageError
 from dreamsr_cli.images import Photo, PhotoInfo
 from dreamsr_cli.models.captioner import CellMeans, Describer
+from dreamsr_cli.plain_data import from_dict, to_dict
 from dreamsr_cli.tiling import Tile, TileGrid
 
 FORMAT = 1

@@ -139,7 +139,7 @@ class Sampler:
         self._has_guidance = bool(restorer.dit.transformer.config["guidance_embeds"])
         channels = restorer.dit.transformer.config["in_channels"] // 4
         self.shape = (channels, grid.canvas_height // STRIDE, grid.canvas_width // STRIDE)
-        self._slots: Slots | None = None
+        self._slots = None if journal is None else self._open_slots(self.layout)
 
     @property
     def journal(self) -> Journal:
@@ -269,8 +269,8 @@ class Sampler:
         Goes on at latent row `ready`; batches whose slots are whole are not computed again. Other processes may begin
         the pass `following` on finished rows of `piece`, which this one makes.
         """
+        assert self._slots is not None, "another process has the journal"
         layout, slots = self.layout_of(work.step), self._slots
-        assert slots is not None
         slots.begin(work.step)
 
         def is_there(tiles: tuple[Tile, ...]) -> bool:

@@ -16,8 +16,8 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dreamsr_cli.config import from_dict
 from dreamsr_cli.errors import ConfigError, WeightsError
+from dreamsr_cli.plain_data import from_dict
 
 PACKAGE = Path(__file__).resolve().parent
 NOT_FOUND = "not found"

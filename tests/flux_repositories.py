@@ -14,9 +14,10 @@ from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from tiny_models import AXES, CLIP_WIDTH, HEAD_DIM, HEADS, METHOD_MAP, T5_WIDTH, wake_lora
 
-from dreamsr_cli.config import PartConfig, to_dict
+from dreamsr_cli.config import PartConfig
 from dreamsr_cli.models.bundle import open_bundle
 from dreamsr_cli.models.restoration_lora import RestorationLoRA
+from dreamsr_cli.plain_data import to_dict
 from dreamsr_cli.weights import lock_rows
 from dreamsr_cli.weights_lock import LockEntry, write_entry
 

@@ -44,7 +44,7 @@ def keep_diary(path: str, kill_after: int | None, fail_after: int | None, strip_
     """A line for each batch ("velocity step tile"), run of the ControlNet ("control tile"), decoded strip ("strip") and
     question to a captioner ("question pictures")."""
     lines = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    velocity, control, count = Sampler.velocity, Sampler._control, [0]
+    velocity, control, count = Sampler._velocity, Sampler._control, [0]
     answer, strip = Captioner.answer, canvas.decode_strip
 
     def noted_velocity(self: Sampler, work: Any, canvases: Any, tiles: Any) -> Any:
@@ -69,5 +69,11 @@ def keep_diary(path: str, kill_after: int | None, fail_after: int | None, strip_
         time.sleep(strip_seconds)
         return strip(*given)
 
-    Sampler.velocity, Sampler._control, Captioner.answer = noted_velocity, noted_control, noted_answer
-    canvas.decode_strip = phase_sharing.decode_strip = noted_strip
+    for owner, name, noted in (
+        (Sampler, "_velocity", noted_velocity),
+        (Sampler, "_control", noted_control),
+        (Captioner, "answer", noted_answer),
+        (canvas, "decode_strip", noted_strip),
+        (phase_sharing, "decode_strip", noted_strip),
+    ):
+        setattr(owner, name, noted)

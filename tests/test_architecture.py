@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "dreamsr_cli"
 
 LAYERS = (
-    ("__init__", "errors", "progress", "config", "draws", "ranks"),
+    ("__init__", "errors", "progress", "config", "plain_data", "draws", "ranks"),
     (
         "images",
         "photo_pixels",
@@ -73,6 +73,7 @@ LAYERS = (
     ),
     (
         "engine",
+        "photo_compute",
         "photo_job",
         "residency",
         "settings",
@@ -96,6 +97,7 @@ NO_TORCH = (
     "errors",
     "progress",
     "config",
+    "plain_data",
     "draws",
     "ranks",
     "weights",

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import CPU, RECIPE, latent, networks, pictures
 
-from dreamsr_cli.config import BundleConfig, from_dict, to_dict
+from dreamsr_cli.config import BundleConfig
 from dreamsr_cli.errors import ConfigError, DreamSRError, WeightsError
 from dreamsr_cli.models.autoencoder import PatchAutoencoder
 from dreamsr_cli.models.bundle import PARTS, Bundle, Restorer, open_bundle, read_config
 from dreamsr_cli.models.text_encoder import ByteTextEncoder, TextEmbedding, stack
+from dreamsr_cli.plain_data import from_dict, to_dict
 from dreamsr_cli.training.run_bundle import export
 
 TENSORS = "diffusion_pytorch_model.safetensors"

@@ -12,17 +12,9 @@ from typing import Any
 import pytest
 
 from dreamsr_cli import config
-from dreamsr_cli.config import (
-    BundleConfig,
-    ControlConfig,
-    OutputConfig,
-    PartConfig,
-    UpscaleConfig,
-    from_dict,
-    load_toml,
-    to_dict,
-)
+from dreamsr_cli.config import BundleConfig, ControlConfig, OutputConfig, PartConfig, UpscaleConfig
 from dreamsr_cli.errors import ConfigError
+from dreamsr_cli.plain_data import from_dict, load_toml, to_dict
 from dreamsr_cli.training import recipe
 
 BUNDLE: dict[str, Any] = {"format": 1, "name": "x", "licence": "MIT", "parts": {"vae": {"path": "vae"}}}

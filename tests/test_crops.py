@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from dreamsr_cli import draws
-from dreamsr_cli.config import from_dict
 from dreamsr_cli.degradations import pixel
 from dreamsr_cli.errors import ConfigError, TrainingError
 from dreamsr_cli.models.captioner import Describer
+from dreamsr_cli.plain_data import from_dict
 from dreamsr_cli.training.crops import DEAD_LEAVES, Batch, CropSettings, Sample, batches, make_sample
 from dreamsr_cli.training.dead_leaves import dead_leaves
 from dreamsr_cli.training.photos import PhotoSource, turned

@@ -17,7 +17,6 @@ import tifffile
 import torch
 from PIL import Image
 
-from dreamsr_cli.config import to_dict
 from dreamsr_cli.degradations import pixel
 from dreamsr_cli.degradations.pair_folder import PairFolder
 from dreamsr_cli.degradations.pair_records import (
@@ -33,6 +32,7 @@ from dreamsr_cli.degradations.pair_records import (
 from dreamsr_cli.degradations.pairs import PairSet, PhotoResult, make_pair_set, plan_replay, plan_set, shared_settings
 from dreamsr_cli.errors import ConfigError, DreamSRError, InputError, JournalError, OutputError
 from dreamsr_cli.models.captioner import Describer
+from dreamsr_cli.plain_data import to_dict
 from dreamsr_cli.progress import SilentProgress
 from dreamsr_cli.prompts import PromptPlan
 
@@ -166,10 +166,10 @@ def test_captions_describe_the_good_crop_and_the_photo(photos: list[Path], tmp_p
 
 
 def test_texture_pairs_with_real_networks(photos: list[Path], tmp_path: Path, tiny_bundle: Path) -> None:
-    from dreamsr_cli.config import from_dict
     from dreamsr_cli.degradations.pair_records import ModelId
     from dreamsr_cli.degradations.texture_erasure import open_eraser
     from dreamsr_cli.models.bundle import open_bundle
+    from dreamsr_cli.plain_data import from_dict
 
     eraser = open_eraser(open_bundle(str(tiny_bundle)), torch.device("cpu"), torch.float32, 2)
     model = from_dict(ModelId, eraser.settings, "test")

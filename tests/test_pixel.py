@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from dreamsr_cli import draws, resample
-from dreamsr_cli.config import from_dict, to_dict
 from dreamsr_cli.degradations import kernels, pixel
 from dreamsr_cli.degradations.kernels import KernelParams
 from dreamsr_cli.degradations.presets import PRESETS
+from dreamsr_cli.plain_data import from_dict, to_dict
 
 SHA = "5e" * 32
 

@@ -245,7 +245,8 @@ def test_a_huge_photo_is_planned_without_torch_and_in_little_memory(tiny_bundle)
 import json, resource, sys, time
 from pathlib import Path
 from dreamsr_cli.bundle_sizes import read_sizes
-from dreamsr_cli.config import BundleConfig, OutputConfig, from_dict
+from dreamsr_cli.config import BundleConfig, OutputConfig
+from dreamsr_cli.plain_data import from_dict
 from dreamsr_cli.images import read_info
 from dreamsr_cli.machine import Machine
 from dreamsr_cli.planning import plan

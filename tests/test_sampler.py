@@ -288,6 +288,7 @@ def test_a_damaged_slot_is_computed_again(bench) -> None:
         file.write(b"\xff\xff\xff\xff")
     with Journal(folder, {}, 0) as journal:
         sampler = b.sampler(journal)
+        assert sampler._slots is not None
         sampler._slots.begin(REMOVE)
         assert [sampler._slots.holds(i) for i in range(3)] == [False, True, False]
         assert np.array_equal(sampler.remove(b.on_disk(z_lq, "z")).rows(0, b.shape[1]), whole)

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from dreamsr_cli import flow, resample
-from dreamsr_cli.config import from_dict, to_dict
 from dreamsr_cli.degradations import erasure_denoising, texture_erasure
 from dreamsr_cli.degradations.texture_erasure import (
     ERASE_TEXT,
@@ -31,6 +30,7 @@ from dreamsr_cli.draws import normal_rows
 from dreamsr_cli.errors import ConfigError, DeviceError, WeightsError
 from dreamsr_cli.models.bundle import Bundle, open_bundle
 from dreamsr_cli.models.text_encoder import stack
+from dreamsr_cli.plain_data import from_dict, to_dict
 from dreamsr_cli.progress import SilentProgress
 
 CPU = torch.device("cpu")

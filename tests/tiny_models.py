@@ -13,20 +13,13 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from dreamsr_cli.config import (
-    BundleConfig,
-    BundleDefaults,
-    ControlConfig,
-    LatentConfig,
-    PartConfig,
-    SamplingConfig,
-    to_dict,
-)
+from dreamsr_cli.config import BundleConfig, BundleDefaults, ControlConfig, LatentConfig, PartConfig, SamplingConfig
 from dreamsr_cli.models.autoencoder import PatchAutoencoder
 from dreamsr_cli.models.context_attention import ContextAttention, wake_projections
 from dreamsr_cli.models.mm_controlnet import MMControlNet
 from dreamsr_cli.models.restoration_lora import RestorationLoRA
 from dreamsr_cli.models.text_encoder import TextEmbedding
+from dreamsr_cli.plain_data import to_dict
 from dreamsr_cli.training.networks import Networks, build
 from dreamsr_cli.training.recipe import CropPlan, DataRecipe, LossRecipe, ModelSizes, OptimRecipe, Recipe
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dreamsr_cli.cli.options import Layer, check_setting, flag, from_environ, from_flags, merge_layers, toml_table
-from dreamsr_cli.config import CaptionConfig, from_dict
+from dreamsr_cli.config import CaptionConfig
 from dreamsr_cli.errors import UsageError
+from dreamsr_cli.plain_data import from_dict
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from dreamsr_cli.cli.console import Display, report, stop_if_asked
 from dreamsr_cli.cli.photos import find_photos
-from dreamsr_cli.config import from_dict
 from dreamsr_cli.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -20,6 +19,7 @@ from dreamsr_cli.errors import (
     InputError,
     UsageError,
 )
+from dreamsr_cli.plain_data import from_dict
 
 if TYPE_CHECKING:
     from dreamsr_cli.degradations.pair_making import PairPlan

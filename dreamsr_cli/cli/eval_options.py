@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from dreamsr_cli.cli.options import UpscaleOptions, toml_table, upscale_options
-from dreamsr_cli.config import AUTO, from_dict
+from dreamsr_cli.config import AUTO
 from dreamsr_cli.errors import ConfigError, UsageError
+from dreamsr_cli.plain_data import from_dict
 
 SHARED = (
     "model",

@@ -24,13 +24,11 @@ from dreamsr_cli.config import (
     TILINGS,
     OutputConfig,
     UpscaleConfig,
-    from_dict,
     is_captioner,
-    load_toml,
     parse_memory,
-    words_of,
 )
 from dreamsr_cli.errors import ConfigError, UsageError
+from dreamsr_cli.plain_data import from_dict, load_toml, words_of
 
 TABLES = ("upscale", "caption", "degrade", "train", "eval")
 """Tables that dreamsr.toml may have: one per command that reads it."""

@@ -47,6 +47,9 @@ class Noting:
     def photo(self, label: str) -> AbstractContextManager[None]:
         return self._display.photo(label)
 
+    def aside(self) -> AbstractContextManager[None]:
+        return self._display.aside()
+
     def phase(self, name: str, total: int) -> None:
         self._display.phase(name, total)
 

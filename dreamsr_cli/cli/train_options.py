@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dreamsr_cli.cli.options import toml_table
-from dreamsr_cli.config import from_dict
 from dreamsr_cli.errors import ConfigError, UsageError
+from dreamsr_cli.plain_data import from_dict
 
 RUN_FILE = "run.json"
 FROM_RUN = ("stage", "data", "model", "init_from", "perceptual_weights")

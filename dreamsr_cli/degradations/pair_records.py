@@ -18,11 +18,12 @@ import pyvips
 import torch
 
 from dreamsr_cli import __version__, draws
-from dreamsr_cli.config import GRAIN, from_dict, to_dict
+from dreamsr_cli.config import GRAIN
 from dreamsr_cli.degradations.erasure_params import ErasureParams
 from dreamsr_cli.degradations.pixel import PixelParams
 from dreamsr_cli.degradations.presets import PRESETS
 from dreamsr_cli.errors import ConfigError, InputError, UsageError
+from dreamsr_cli.plain_data import from_dict, to_dict
 
 FORMAT = 1
 KINDS = ("pixel", "texture")

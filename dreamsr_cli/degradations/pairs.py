@@ -14,7 +14,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreamsr_cli.config import to_dict
 from dreamsr_cli.degradations.pair_folder import CAPTIONS, PARAMS, FinishedPair, PairFolder
 from dreamsr_cli.degradations.pair_making import MadePair, PairMaker, PairPlan, TaskResult
 from dreamsr_cli.degradations.pair_records import (
@@ -27,6 +26,7 @@ from dreamsr_cli.degradations.pair_records import (
     pair_stems,
 )
 from dreamsr_cli.errors import DreamSRError, InputError, OutputError
+from dreamsr_cli.plain_data import to_dict
 from dreamsr_cli.progress import Progress
 from dreamsr_cli.worker_pool import run_in_order
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from dreamsr_cli import __version__
-from dreamsr_cli.config import OutputConfig, UpscaleConfig, to_dict
+from dreamsr_cli.config import OutputConfig, UpscaleConfig
 from dreamsr_cli.device import choose_device, choose_dtype, dtype_name
 from dreamsr_cli.errors import InputError
 from dreamsr_cli.evaluation.datasets import Pair, find_result, photos_by_stem
@@ -28,6 +28,7 @@ from dreamsr_cli.evaluation.memory_peak import measure_peak
 from dreamsr_cli.images import open_photo
 from dreamsr_cli.journal import journal_folder
 from dreamsr_cli.models.bundle import Bundle
+from dreamsr_cli.plain_data import to_dict
 from dreamsr_cli.progress import Progress
 from dreamsr_cli.resample import resize
 from dreamsr_cli.settings import check_settings

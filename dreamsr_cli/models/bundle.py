@@ -22,7 +22,7 @@ from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
-from dreamsr_cli.config import BundleConfig, PartConfig, from_dict, to_dict
+from dreamsr_cli.config import BundleConfig, PartConfig
 from dreamsr_cli.errors import ConfigError, WeightsError
 from dreamsr_cli.models.attention import join_attention
 from dreamsr_cli.models.autoencoder import Autoencoder, FluxAutoencoder, PatchAutoencoder
@@ -35,6 +35,7 @@ from dreamsr_cli.models.quantization import PLAIN, MemoryMode
 from dreamsr_cli.models.restoration_lora import RestorationLoRA
 from dreamsr_cli.models.restorer import Restorer, offload_blocks
 from dreamsr_cli.models.text_encoder import ByteTextEncoder, FluxTextEncoder, TextEncoder
+from dreamsr_cli.plain_data import from_dict, to_dict
 from dreamsr_cli.weights import file_sha256, locate, refuse_pickles
 from dreamsr_cli.weights_lock import lock_entry
 

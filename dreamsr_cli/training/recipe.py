@@ -9,16 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from dreamsr_cli.config import (
-    BundleConfig,
-    BundleDefaults,
-    ControlConfig,
-    LatentConfig,
-    SamplingConfig,
-    from_dict,
-    load_toml,
-)
+from dreamsr_cli.config import BundleConfig, BundleDefaults, ControlConfig, LatentConfig, SamplingConfig
 from dreamsr_cli.errors import ConfigError
+from dreamsr_cli.plain_data import from_dict, load_toml
 
 
 @dataclass(frozen=True)
