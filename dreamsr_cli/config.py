@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 GRAIN = 16
 """Output pixels per token side (8 px per latent pixel, packed 2x2): tiles, overlaps and strips are multiples of it."""
@@ -135,8 +135,8 @@ class TrainingRecord:
 class PartConfig:
     """Where one part of a bundle lies."""
 
-    LEAVE_OUT_NONE: ClassVar[bool] = True
-    """In plain data, keys without a value are not there."""
+    # In plain data, keys without a value are not there.
+    LEAVE_OUT_NONE = True
     path: str | None = None
     """Folder inside the bundle."""
     lock: str | None = None

@@ -8,7 +8,6 @@ tells their outcomes in order.
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -229,7 +228,7 @@ def _marks(jobs: Iterable[Job]) -> Generator[tuple[str, ...] | None]:
     made: list[str] = []
     try:
         for folder in folders:
-            mark = os.path.join(folder, f".dreamsr-{secrets.token_hex(8)}")
+            mark = os.path.join(folder, f".dreamsr-{os.urandom(8).hex()}")
             os.close(os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             made.append(mark)
         found: tuple[str, ...] | None = tuple(made)
