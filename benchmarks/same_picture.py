@@ -83,13 +83,14 @@ def without(bundle: Bundle, savings: tuple[str, ...]) -> Generator[None]:
     from dreamsr_cli import control_room
 
     limits: Any = control_room
+    diffusers_own: Any = FluxAttnProcessor()
 
     def restorer(*args: Any, **kwargs: Any) -> Any:
         made = type(bundle).open_restorer(bundle, *args, **kwargs)
         if "joint" not in savings:
             for module in (m for network in (made.dit, made.controlnet) for m in network.modules()):
                 if isinstance(module, FluxAttention):
-                    module.set_processor(FluxAttnProcessor())
+                    module.set_processor(diffusers_own)
         return made
 
     def autoencoder(*args: Any, **kwargs: Any) -> Any:
