@@ -78,24 +78,26 @@ def options_of() -> Iterator[Option | tuple[str, str]]:
 def without(bundle: Bundle, savings: tuple[str, ...]) -> Generator[None]:
     """Inside, what `bundle` opens has only these of `SAVINGS`, by the libraries' own switches."""
     import torch
-    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+    from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 
     from dreamsr_cli import control_room
 
     limits: Any = control_room
+    diffusers_own: Any = FluxAttnProcessor()
 
     def restorer(*args: Any, **kwargs: Any) -> Any:
         made = type(bundle).open_restorer(bundle, *args, **kwargs)
         if "joint" not in savings:
             for module in (m for network in (made.dit, made.controlnet) for m in network.modules()):
-                if type(module).__name__ == "FluxAttention":
-                    module.set_processor(FluxAttnProcessor())
+                if isinstance(module, FluxAttention):
+                    module.set_processor(diffusers_own)
         return made
 
     def autoencoder(*args: Any, **kwargs: Any) -> Any:
         made: Any = type(bundle).open_autoencoder(bundle, *args, **kwargs)
         if "channels_last" not in savings:
-            (made.vae if hasattr(made, "vae") else made).to(memory_format=torch.contiguous_format)
+            network: Any = vars(made).get("vae", made)
+            network.to(memory_format=torch.contiguous_format)
         return made
 
     most = limits.CPU_MOST

@@ -27,8 +27,12 @@ VARIANTS = 64
 
 
 def compiled_code() -> Path:
-    """Where translated code is kept for the next run."""
-    return Path(os.environ.get(CACHE_VARIABLE) or cache_folder() / "inductor")
+    """Where translated code is kept for the next run: inductor's own variable, else below our cache."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # Inductor writes its default, a folder in /tmp, into the variable when it is imported.
+    named = os.environ.get(CACHE_VARIABLE, "")
+    return Path(named) if named not in ("", default_cache_dir()) else cache_folder() / "inductor"
 
 
 def check_compile(device: torch.device, mode: MemoryMode) -> None:
@@ -50,7 +54,7 @@ def check_compile(device: torch.device, mode: MemoryMode) -> None:
 
 def compile_blocks(restorer: Restorer) -> bool:
     """Let every block of `restorer` be translated at its first call; False where that was said before."""
-    os.environ.setdefault(CACHE_VARIABLE, str(compiled_code()))
+    os.environ[CACHE_VARIABLE] = str(compiled_code())
     limits: Any = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, VARIANTS)
     blocks = [block for net in (restorer.dit.transformer, restorer.controlnet) for block in blocks_of(net)]
