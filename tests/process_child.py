@@ -69,5 +69,7 @@ def keep_diary(path: str, kill_after: int | None, fail_after: int | None, strip_
         time.sleep(strip_seconds)
         return strip(*given)
 
-    Sampler.velocity, Sampler._control, Captioner.answer = noted_velocity, noted_control, noted_answer
-    canvas.decode_strip = phase_sharing.decode_strip = noted_strip
+    Sampler.velocity, Captioner.answer = noted_velocity, noted_answer
+    setattr(Sampler, "_control", noted_control)  # noqa: B010
+    for module in (canvas, phase_sharing):
+        setattr(module, "decode_strip", noted_strip)  # noqa: B010

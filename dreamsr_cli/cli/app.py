@@ -12,7 +12,7 @@ from dreamsr_cli import __version__
 from dreamsr_cli.cli import caption, degrade, doctor, fetch_weights, train, upscale
 from dreamsr_cli.cli import eval as evaluate
 from dreamsr_cli.cli.console import explain, report, stop_on_signals
-from dreamsr_cli.cli.several_processes import end, help_out, role
+from dreamsr_cli.cli.several_processes import end, help_out, is_shared, role
 from dreamsr_cli.cli.upscaling import silence_libraries
 from dreamsr_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, DreamSRError, UsageError
 from dreamsr_cli.ranks import this_place
@@ -89,4 +89,6 @@ def main() -> NoReturn:
         silence_libraries()
         help_out(place)
     code = EXIT_DONE if here == "nobody" else run(arguments)
-    end(code)
+    if is_shared(arguments):
+        end(code)
+    sys.exit(code)
