@@ -16,7 +16,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +74,7 @@ class Injected:
         self.ratios: list[list[float]] = [[] for _ in self.blocks]
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> Generator[None]:
         """Inside, the ratios of every forward pass are collected."""
         handles = [b.register_forward_hook(self._hook(i)) for i, b in enumerate(self.blocks)]
         try:

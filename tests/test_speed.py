@@ -121,17 +121,17 @@ def features(value: float) -> Injections:
 def test_features_are_kept_on_the_device_then_in_ram_then_not() -> None:
     kept = KeptControl(torch.device("meta"), 2 * features(0).size, features(0).size)
     for tile in range(4):
-        kept.keep(tile, features(tile))
+        kept.keep((0, tile), features(tile))
     assert (kept.on_device, kept.in_ram) == (2, 1)
-    near, far = kept.find(1), kept.find(2)
+    near, far = kept.find((0, 1)), kept.find((0, 2))
     assert near is not None and near.image[0][0, 0, 0] == 1
     assert far is not None and far.image[0].device.type == "meta" and far.keys_values is not None
-    assert kept.find(3) is None
-    assert kept.leave_device() and kept.find(1) is None and kept.find(2) is not None
+    assert kept.find((0, 3)) is None
+    assert kept.leave_device() and kept.find((0, 1)) is None and kept.find((0, 2)) is not None
     assert not kept.leave_device()
     plain = KeptControl(CPU, 0, 2**30)  # RAM is the device
-    plain.keep(0, features(0))
-    assert plain.find(0) is None
+    plain.keep((0, 0), features(0))
+    assert plain.find((0, 0)) is None
 
 
 def workload(bundle_folder, machine: Machine, side: int = 512, limits: Limits | None = None, **config) -> Workload:

@@ -13,7 +13,7 @@ from dreamsr_cli import __version__
 from dreamsr_cli.cli import caption, degrade, doctor, fetch_weights, train, upscale
 from dreamsr_cli.cli import eval as evaluate
 from dreamsr_cli.cli.console import explain, report, stop_on_signals
-from dreamsr_cli.cli.several_processes import end, help_out, role
+from dreamsr_cli.cli.several_processes import end, help_out, is_shared, role
 from dreamsr_cli.cli.upscaling import silence_libraries
 from dreamsr_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, DreamSRError, UsageError
 from dreamsr_cli.overlap import threads_left
@@ -84,13 +84,16 @@ def main() -> NoReturn:
         place = this_place()
     except DreamSRError as error:
         sys.exit(_fail(error))
-    if place.world > 1:
+    if place.world == 1:
+        code = run(arguments)
+    else:
         here = role(arguments, place)
         if here == "helper":
             silence_libraries()
             help_out(place)
-        end(EXIT_DONE if here == "nobody" else run(arguments))
-    code = run(arguments)
+        code = EXIT_DONE if here == "nobody" else run(arguments)
+        if is_shared(arguments):
+            end(code)
     if threads_left():
         # An interruption doesn't wait for a large photo being read or written; its journal holds all that is needed.
         for stream in (sys.stdout, sys.stderr):

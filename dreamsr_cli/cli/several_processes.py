@@ -28,12 +28,20 @@ NOTICE_SECONDS = 1.0
 """How long after a signal to look for a process that died: launchers then signal all others."""
 
 
+def is_shared(arguments: list[str]) -> bool:
+    """Whether the processes of `dreamsr ARGUMENTS` work together here."""
+    return _command(arguments) in SHARED and not set(ALONE) & set(arguments)
+
+
+def _command(arguments: list[str]) -> str:
+    return next((word for word in arguments if not word.startswith("-")), "")
+
+
 def role(arguments: list[str], place: Place) -> str:
     """What this process is in `dreamsr ARGUMENTS`: "command" (it runs it), "helper", or "nobody" (it ends at once)."""
-    command = next((word for word in arguments if not word.startswith("-")), "")
-    if place.rank == 0 or command == "train":
+    if place.rank == 0 or _command(arguments) == "train":
         return "command"
-    return "helper" if command in SHARED and not set(ALONE) & set(arguments) else "nobody"
+    return "helper" if is_shared(arguments) else "nobody"
 
 
 @contextmanager
