@@ -244,7 +244,9 @@ def test_the_command_trains_both_stages_and_leaves_a_bundle_that_opens(photos, t
     assert dreamsr(["train", "--stage", "backbone", "-o", str(second), *common, *start]) == 0
     line = json.loads(capsys.readouterr().out)
     assert line["bundle"] == str(second / "bundle") and line["steps"] == 3
-    assert {"round_trip_psnr", "cubic_psnr", "removed_psnr", "clean_0.2", "clean_0.8"} == set(line["validation"])
+    assert {"round_trip_psnr", "cubic_psnr", "removed_psnr", "clean_0.2", "clean_0.8", "textured_psnr"} == set(
+        line["validation"]
+    )
 
     bundle = open_bundle(str(second))
     restorer = bundle.open_restorer(CPU, torch.float32, mask_pads=True)
