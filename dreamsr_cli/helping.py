@@ -24,9 +24,12 @@ TIDY_SECONDS = 10.0
 class Helper:
     """One process' life as a helper."""
 
-    def __init__(self, processes: Processes, orphaned: Callable[[str], None]) -> None:
-        """`orphaned(reason)` is called once process 0 is gone, before this process ends."""
-        self._processes, self._orphaned = processes, orphaned
+    def __init__(
+        self, processes: Processes, orphaned: Callable[[str], None], prepare: Callable[[], None] = lambda: None
+    ) -> None:
+        """`orphaned(reason)` is called once process 0 is gone, before this process ends; `prepare()` while process 0
+        reads the first photo: what every job needs."""
+        self._processes, self._orphaned, self._prepare = processes, orphaned, prepare
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._session = 0
         self._service: Service | None = None
@@ -43,6 +46,7 @@ class Helper:
         self._processes.listen(self._take, self._lost)
         self._processes.send(0, ("hello", facts_here(self._processes.host)))
         try:
+            self._prepare()
             while True:
                 self._do(self._inbox.get())
         except KeyboardInterrupt:

@@ -90,7 +90,7 @@ def main() -> NoReturn:
         here = role(arguments, place)
         if here == "helper":
             silence_libraries()
-            help_out(place)
+            help_out(place, arguments)
         code = EXIT_DONE if here == "nobody" else run(arguments)
         if is_shared(arguments):
             end(code)

@@ -67,8 +67,8 @@ def joined() -> Generator[Crew | None]:
         crew.leave()
 
 
-def help_out(place: Place) -> NoReturn:
-    """Be a helper of process 0 until it ends the job; ends this process."""
+def help_out(place: Place, arguments: list[str]) -> NoReturn:
+    """Be a helper of process 0 in `dreamsr ARGUMENTS` until it ends the job; ends this process."""
     screen = _hush()
     try:
         from dreamsr_cli.helping import Helper
@@ -81,7 +81,7 @@ def help_out(place: Place) -> NoReturn:
                 os.dup2(screen, 2)
                 report(ProcessError(f"process 0 of {place.world} {reason}; what is finished is kept", again()))
 
-        helper = Helper(processes, orphaned)
+        helper = Helper(processes, orphaned, _import_networks if _command(arguments) == "upscale" else lambda: None)
         _leave_signals_to_process_0(helper)
         helper.serve()
     except KeyboardInterrupt:
@@ -89,6 +89,11 @@ def help_out(place: Place) -> NoReturn:
     except DreamSRError:
         os._exit(EXIT_FAILED)  # process 0 meets the same and tells it
     os._exit(EXIT_DONE)
+
+
+def _import_networks() -> None:
+    """The libraries of the networks take seconds: process 0 would wait for them when it has the first tiles ready."""
+    import dreamsr_cli.phase_sharing  # noqa: F401
 
 
 def end(code: int) -> NoReturn:
