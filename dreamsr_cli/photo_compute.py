@@ -118,7 +118,8 @@ def _sample(
 
     work = WorkPlan(**journal.work_plan(settled))
     if shared is not None:
-        shared.everyone(work)
+        # Cards may have too little memory; else the others need not be ready yet.
+        shared.everyone(work, wait=device.type != "cpu")
     sampler = make_sampler(work)
     if journal.has("z_dr"):
         z_dr = journal.piece("z_dr", REMOVE, shape).file

@@ -166,6 +166,7 @@ class SharedWork:
         self._at: dict[Hashable, set[int]] = {}
         self._error: BaseException | None = None
         self._answers: dict[int, Any] = {}
+        self._awaits = False
 
     def announce(self, jobs: Iterable[Job]) -> None:
         """Jobs to be done, in this order; those that are known already are left as they are."""
@@ -211,12 +212,16 @@ class SharedWork:
         self.hand_out()
         return result
 
-    def everyone(self, payload: Any) -> list[Any]:
-        """What every helper answers to `payload`, in the order of their ranks; raises as `take` does."""
+    def everyone(self, payload: Any, wait: bool = True) -> list[Any]:
+        """What every helper answers to `payload`, in the order of their ranks; raises as `take` does. Without `wait`
+        nothing is returned, and a later `take` raises what went wrong."""
         with self._changed:
             self._answers.clear()
+            self._awaits = wait
         for helper in self.crew.helpers:
             self.crew.processes.send(helper, ("ask", self.session, payload))
+        if not wait:
+            return []
         with self._changed:
             self._check()
             while len(self._answers) < len(self.crew.helpers):
@@ -246,7 +251,7 @@ class SharedWork:
             elif kind == "failed":
                 what, *told = rest
                 error = self._unpacked(helper, *told)
-                if what == "answer":
+                if what == "answer" and self._awaits:
                     self._answers[helper] = error
                 else:
                     self._error = self._error or error
