@@ -68,7 +68,8 @@ class Plan:
     """What "text", "restore" and "decode" need on the device, one after the other."""
     tiling: str
     control: dict[str, int]
-    """Control features: bytes that may be kept on the "device" and in RAM beside it ("host"), batches "kept"."""
+    """Control features: bytes that may be kept on the "device" and in RAM beside it ("host"), "batches" of tiles
+    that have features of their own, and how many of them are "kept"."""
     quantize: str
     offload: str
     disk: dict[str, int]
@@ -198,6 +199,7 @@ def plan(
             "device": work.limits.control_bytes or 0,
             "host": work.limits.control_host,
             "kept": work.kept_features[0],
+            "batches": work.feature_batches,
         },
         quantize=settings.quantize,
         offload=settings.offload,

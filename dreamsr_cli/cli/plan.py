@@ -175,7 +175,7 @@ def _phases(plan: dict[str, Any]) -> str:
 
 def _control(plan: dict[str, Any]) -> str:
     """Where control features wait between steps."""
-    control, batches = plan["control"], plan["batches"]
+    control, batches = plan["control"], plan["control"]["batches"]
     if not control["device"] and not control["host"]:
         return "features are computed in every step"
     places = f"{_bytes(control['device'])} on the device" if plan["machine"]["device"] != "cpu" else ""
