@@ -16,6 +16,9 @@ from dreamsr_cli.captioning import Captioner, Question
 from dreamsr_cli.cli import app
 from dreamsr_cli.sampler import Sampler
 
+PATIENCE = 10.0
+"""Seconds that process 0 waits for the others' first batch."""
+
 
 def main(given: dict[str, Any]) -> None:
     """`dreamsr WORDS` as rank `rank` of `world`, in `folder`, its streams in files; `kill_after` batches it dies."""
@@ -34,13 +37,26 @@ def main(given: dict[str, Any]) -> None:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(given["port"]),
         }
-    keep_diary(f"{name}.{rank}.diary", given.get("kill_after"), given.get("fail_after"), given.get("strip_seconds", 0))
+    others = [f"{name}.{other}.diary" for other in range(world) if other != rank] if rank == 0 else []
+    fates = given.get("kill_after"), given.get("fail_after"), given.get("strip_seconds", 0)
+    keep_diary(f"{name}.{rank}.diary", others, *fates)
     sys.argv = ["dreamsr", *given["words"]]
     torch.set_num_threads(1)
     app.main()
 
 
-def keep_diary(path: str, kill_after: int | None, fail_after: int | None, strip_seconds: float) -> None:
+def wait_for_others(diaries: list[str]) -> None:
+    """Until every other process has begun with a batch: at this size process 0 alone would be done before."""
+    until = time.monotonic() + PATIENCE
+    while diaries and time.monotonic() < until:
+        diaries[:] = [diary for diary in diaries if not (os.path.exists(diary) and os.path.getsize(diary))]
+        time.sleep(0.05)
+    diaries.clear()
+
+
+def keep_diary(
+    path: str, others: list[str], kill_after: int | None, fail_after: int | None, strip_seconds: float
+) -> None:
     """A line for each batch ("velocity step tile"), run of the ControlNet ("control tile"), decoded strip ("strip") and
     question to a captioner ("question pictures")."""
     lines = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -53,6 +69,7 @@ def keep_diary(path: str, kill_after: int | None, fail_after: int | None, strip_
         if count[0] == fail_after:
             raise torch.OutOfMemoryError("out of memory")
         count[0] += 1
+        wait_for_others(others)
         os.write(lines, f"velocity {work.step} {tiles[0].index}\n".encode())
         return velocity(self, work, canvases, tiles)
 
