@@ -17,7 +17,7 @@ from tiny_models import CPU, RECIPE, latent, networks, pictures
 from dreamsr_cli.config import BundleConfig
 from dreamsr_cli.errors import ConfigError, DreamSRError, WeightsError
 from dreamsr_cli.models.autoencoder import PatchAutoencoder
-from dreamsr_cli.models.bundle import PARTS, Bundle, Restorer, open_bundle, read_config
+from dreamsr_cli.models.bundle import PARTS, Bundle, Restorer, open_bundle, read_config, save_bundle
 from dreamsr_cli.models.text_encoder import ByteTextEncoder, TextEmbedding, stack
 from dreamsr_cli.plain_data import from_dict, to_dict
 from dreamsr_cli.training.run_bundle import export
@@ -268,3 +268,14 @@ def test_weights_of_another_base_or_no_run_are_refused(tiny_bundle, tmp_path) ->
         open_bundle(str(tiny_bundle), str(run))
     with pytest.raises(WeightsError, match="no bundle.json"):
         open_bundle(str(tiny_bundle), str(tmp_path / "run" / "nothing"))
+
+
+def test_a_bundle_tells_no_path_of_whoever_trained_it(tiny_bundle, tmp_path) -> None:
+    """Diffusers writes the folder that a module was loaded from into its config."""
+    bundle = open_bundle(str(tiny_bundle))
+    restorer = bundle.open_restorer(CPU, torch.float32, mask_pads=True)
+    save_bundle(tmp_path / "again", bundle.config, {"transformer": restorer.dit.transformer}, None)
+    text = (tmp_path / "again" / "transformer" / "config.json").read_text()
+    assert str(tiny_bundle) not in text and "in_channels" in text
+    shipped = open_bundle("mini").folder
+    assert not [path for path in shipped.glob("*/*.json") if "_name_or_path" in path.read_text()]

@@ -282,6 +282,7 @@ def save_bundle(
         part = folder / name
         part.mkdir(exist_ok=True)
         module.save_config(part)
+        _forget_origin(part / "config.json")
         tensors = state(name, module) if state else module.state_dict()
         plain = {k.replace(".base_layer.", "."): v for k, v in tensors.items() if "lora_" not in k}
         keep = {"mean_K", "basis_CK", "gain_C"}
@@ -297,6 +298,13 @@ def save_bundle(
     parts = {name: parts[name] for name in PARTS if name in parts}
     text = json.dumps(to_dict(dataclasses.replace(config, parts=parts)), indent=1)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _forget_origin(path: Path) -> None:
+    """Take out the folder that diffusers loaded the module from: a path of whoever trained it."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _find(model: str) -> Path:
