@@ -10,7 +10,6 @@ compares with a plain loop over diffusers: versus_diffusers.py.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -166,16 +165,10 @@ def _met(part: dict[str, Any]) -> str:
 
 def main(words: list[str] | None = None) -> int:
     """Exit code 0 once measured, whatever the figures; a `DreamSRError`'s own else."""
-    from dreamsr_cli.errors import DreamSRError
+    from command import report
 
     options = arguments(words)
-    try:
-        found = measure(options)
-    except DreamSRError as error:
-        print(f"{error.message}\n{error.hint}", file=sys.stderr)
-        return error.exit_code
-    print(json.dumps(found) if options.json else "\n".join(text(found)))
-    return 0
+    return report(lambda: measure(options), text, options.json)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@ from pathlib import Path
 
 from dreamsr_cli.bundle_sizes import read_sizes
 from dreamsr_cli.canvas import STRIP
-from dreamsr_cli.config import OutputConfig, UpscaleConfig
+from dreamsr_cli.config import CONTROL_BYTES, OutputConfig, UpscaleConfig
 from dreamsr_cli.device import choose_device, choose_dtype, dtype_name
 from dreamsr_cli.engine import check_settings
 from dreamsr_cli.images import read_info
 from dreamsr_cli.machine import Machine, describe_machine
 from dreamsr_cli.models.bundle import Bundle
 from dreamsr_cli.planning import Plan, plan
-from dreamsr_cli.sampler import CONTROL_BYTES
 from dreamsr_cli.workload import Limits
 
 

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,6 +201,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def text(found: dict[str, Any]) -> Iterator[str]:
+    """The figures for people."""
+    yield f"{found['model']}: {found['photos']} photos, {found['tiles']} tiles, t = {found['t']}"
+    for kind, loss in found["loss"].items():
+        yield f"  {kind:9} {loss:.6f}"
+    for name, d in found["differences"].items():
+        low, high = d["over_photos"]
+        tiles = d["over_tiles"]
+        yield (
+            f"  {name:17} {d['mean']:+.2e} ({100 * d['relative']:+.3f} %), 95 % over photos [{low:+.2e}, {high:+.2e}], "
+            f"over tiles [{tiles[0]:+.2e}, {tiles[1]:+.2e}], lower in {d['tiles_lower']} of {found['tiles']}"
+        )
+    yield "  |M_txt| / |f_txt| by injection: " + ", ".join(f"{x:.4f}" for x in found["injections"])
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", help="folder of good photos")
@@ -214,28 +228,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args(arguments)
-    from dreamsr_cli.errors import DreamSRError
+    from command import report
 
-    try:
-        found = measure(options)
-    except DreamSRError as error:
-        print(f"{error.message}\n{error.hint}", file=sys.stderr)
-        return error.exit_code
-    if options.json:
-        print(json.dumps(found))
-        return 0
-    print(f"{found['model']}: {found['photos']} photos, {found['tiles']} tiles, t = {found['t']}")
-    for kind, loss in found["loss"].items():
-        print(f"  {kind:9} {loss:.6f}")
-    for name, d in found["differences"].items():
-        low, high = d["over_photos"]
-        tiles = d["over_tiles"]
-        print(
-            f"  {name:17} {d['mean']:+.2e} ({100 * d['relative']:+.3f} %), 95 % over photos [{low:+.2e}, {high:+.2e}], "
-            f"over tiles [{tiles[0]:+.2e}, {tiles[1]:+.2e}], lower in {d['tiles_lower']} of {found['tiles']}"
-        )
-    print("  |M_txt| / |f_txt| by injection: " + ", ".join(f"{x:.4f}" for x in found["injections"]))
-    return 0
+    return report(lambda: measure(options), text, options.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -263,18 +262,20 @@ def text(found: dict[str, Any]) -> Iterator[str]:
 
 def main(words: list[str] | None = None) -> int:
     """Exit code 0 once measured, 1 where bytes changed that may not; a `DreamSRError`'s own else."""
-    from dreamsr_cli.errors import DreamSRError
+    from command import report
 
     options = arguments(words)
-    try:
+    wrong: list[str] = []
+
+    def checked() -> dict[str, Any]:
         found = measure(options)
-    except DreamSRError as error:
-        print(f"{error.message}\n{error.hint}", file=sys.stderr)
-        return error.exit_code
-    print(json.dumps(found) if options.json else "\n".join(text(found)))
-    if wrong := broken(found):
+        wrong.extend(broken(found))
+        return found
+
+    code = report(checked, text, options.json)
+    if wrong:
         print(f"bytes changed: {', '.join(wrong)}", file=sys.stderr)
-    return 1 if wrong else 0
+    return 1 if wrong else code
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ grows faster than the pixels shows as a ratio above 1. Fixed costs (loading weig
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -131,16 +130,15 @@ def text(found: dict[str, Any]) -> Iterator[str]:
 
 def main(words: list[str] | None = None) -> int:
     """Exit code 0 once measured, whatever the figures; a `DreamSRError`'s own else."""
-    from dreamsr_cli.errors import DreamSRError
+    from command import report
 
     options = arguments(words)
-    try:
-        found = measure(options, lambda row: None if options.json else print(line(row), flush=True))
-    except DreamSRError as error:
-        print(f"{error.message}\n{error.hint}", file=sys.stderr)
-        return error.exit_code
-    print(json.dumps(found) if options.json else "\n".join(text(found)))
-    return 0
+
+    def tell(row: dict[str, Any]) -> None:
+        if not options.json:
+            print(line(row), flush=True)
+
+    return report(lambda: measure(options, tell), text, options.json)
 
 
 if __name__ == "__main__":

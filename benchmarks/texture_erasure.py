@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import sys
 import time
@@ -267,17 +266,10 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> int:
     """Exit code 0 once measured, whatever the figures; a `DreamSRError`'s own else."""
-    from dreamsr_cli.errors import DreamSRError
+    from command import report
 
     options = arguments(words)
-    try:
-        found = measure(options)
-    except DreamSRError as error:
-        print(f"{error.message}\n{error.hint}", file=sys.stderr)
-        return error.exit_code
-    found["load"] = round(os.getloadavg()[0], 2)
-    print(json.dumps(found) if options.json else "\n".join(text(found)))
-    return 0
+    return report(lambda: {**measure(options), "load": round(os.getloadavg()[0], 2)}, text, options.json)
 
 
 if __name__ == "__main__":

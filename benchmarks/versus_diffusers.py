@@ -11,7 +11,6 @@ plain loop with our text lengths and batch is timed too.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -113,13 +112,14 @@ class Race:
         self.restorer = self.bundle.open_restorer(self.device, self.dtype, mask_pads=not encoder.pads_are_seen)
 
     def _texts(self, encoder: Any, words: list[str], short: bool) -> Texts:
+        from dreamsr_cli.bundle_sizes import read_sizes
         from dreamsr_cli.models.text_encoder import stack
         from dreamsr_cli.sampler import Texts
 
-        most = self.bundle.config.defaults.max_text_tokens
-        (glob, *local), _ = encoder.encode(words, most, encoder.buckets if short else ())
+        most, buckets = read_sizes(self.bundle.config, self.bundle.part_folder).text_lengths(None)
+        (glob, *local), _ = encoder.encode(words, most, buckets if short else ())
         if short:
-            return Texts(glob, local, False, most, encoder.buckets)
+            return Texts(glob, local, False, most, buckets)
         return Texts(stack([glob], most), [stack([e], most) for e in local])
 
     def plain(self, steps: int, trimmed: bool) -> np.ndarray:
@@ -346,16 +346,10 @@ def text(found: dict[str, Any]) -> Iterator[str]:
 
 def main(words: list[str] | None = None) -> int:
     """Exit code 0 once measured, whatever the figures; a `DreamSRError`'s own else."""
-    from dreamsr_cli.errors import DreamSRError
+    from command import report
 
     options = arguments(words)
-    try:
-        found = measure(options)
-    except DreamSRError as error:
-        print(f"{error.message}\n{error.hint}", file=sys.stderr)
-        return error.exit_code
-    print(json.dumps(found) if options.json else "\n".join(text(found)))
-    return 0
+    return report(lambda: measure(options), text, options.json)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dreamsr_cli.config import BundleConfig
 from dreamsr_cli.counting import BlockSizes, ContextSizes, TextSizes
 from dreamsr_cli.counting_pixels import AutoencoderSizes
 from dreamsr_cli.errors import WeightsError
+from dreamsr_cli.text_buckets import BYTE_BUCKETS, T5_BUCKETS, asked_bucket
 from dreamsr_cli.weights import weights_folder
 
 
@@ -33,6 +34,11 @@ class BundleSizes:
     max_text_tokens: int
     control_is_clean: bool
     """Control features don't depend on the step, so they may be kept."""
+
+    def text_lengths(self, text_bucket: int | None) -> tuple[int, tuple[int, ...]]:
+        """(tokens at which prompts are cut, lengths they may be padded to) for `--text-bucket`; None: automatic."""
+        buckets = T5_BUCKETS if self.text.bytes_per_token is None else BYTE_BUCKETS
+        return asked_bucket(text_bucket, self.max_text_tokens, buckets)
 
     def control_flops(self, batch: int, image_tokens: int, local_tokens: int) -> int:
         """One call of the ControlNet, with the keys and values made from its text."""

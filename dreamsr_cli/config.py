@@ -26,6 +26,9 @@ AUTO: Literal["auto"] = "auto"
 """`--tile auto`: the side is chosen by photo."""
 TILE_BATCH = 4
 """Tiles per network call where nobody says otherwise, at most."""
+CONTROL_BYTES = 512 * 2**20
+"""Control features that may be kept between steps where nobody knows how much memory is free; beyond it they are
+computed again, with the same result."""
 PROMPT_MODES = ("both", "global", "local")
 """Which texts the two networks get; see `UpscaleConfig.prompt_mode`."""
 MAX_INPUT_PIXELS = 1_000_000_000

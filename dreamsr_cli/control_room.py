@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from dreamsr_cli.config import CONTROL_BYTES
 from dreamsr_cli.memory_plan import RESERVED
 from dreamsr_cli.workload import Workload
 
-UNKNOWN = 512 * 2**20
-"""Bytes where nobody says what is free, and where `--memory` counted on so much (`sampler.CONTROL_BYTES`)."""
 CPU_MOST = 1536 * 2**20
 """Most RAM that features take on a CPU: results of any size are to stay within a few GiB (docs/performance.md, C)."""
 SHARE_OF_RAM = 8
@@ -36,12 +35,12 @@ def with_control_room(work: Workload) -> Workload:
 def _free(work: Workload) -> tuple[int, int]:
     """(bytes on the device, bytes in RAM beside it) that features may take."""
     machine = work.machine
-    if work.settings.memory is not None:
-        return UNKNOWN, 0
+    if work.settings.memory is not None:  # which counted on so much
+        return CONTROL_BYTES, 0
     if machine.device == "cpu":
-        return (UNKNOWN if machine.memory is None else min(CPU_MOST, machine.memory // SHARE_OF_RAM)), 0
+        return (CONTROL_BYTES if machine.memory is None else min(CPU_MOST, machine.memory // SHARE_OF_RAM)), 0
     beside = 0 if machine.memory is None else machine.memory * 2 // SHARE_OF_RAM
     if machine.device_memory is None:
-        return UNKNOWN, 0
+        return CONTROL_BYTES, 0
     taken = work.phases()["restore"].device + RESERVED
     return max(0, int((machine.device_memory - taken) * SHARE_OF_CARD)), beside

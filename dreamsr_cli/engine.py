@@ -28,11 +28,10 @@ from dreamsr_cli.planning import Plan
 from dreamsr_cli.planning import plan as plan_work
 from dreamsr_cli.progress import Progress, SilentProgress
 from dreamsr_cli.residency import decide_residency, fits_beside
-from dreamsr_cli.sampler import Texts
 from dreamsr_cli.settings import Settings, check_settings
-from dreamsr_cli.text_buckets import BYTE_BUCKETS, T5_BUCKETS, asked_bucket
 from dreamsr_cli.texts_ahead import TEXT_BYTES, TextsAhead, texts_of
 from dreamsr_cli.tile_choice import settle_tile
+from dreamsr_cli.tile_work import Texts
 from dreamsr_cli.work_sharing import Crew
 from dreamsr_cli.workload import Limits
 
@@ -90,7 +89,7 @@ class Engine:
             self._sizes,
             mode,
             machine,
-            settings.tile_auto[1] if settings.tile_auto else settings.tile,
+            settings.largest_tile,
             settings.tile_batch,
             self._limits,
             photos,
@@ -216,8 +215,7 @@ class Engine:
     @property
     def _lengths(self) -> tuple[int, tuple[int, ...]]:
         """Tokens at which prompts are cut, and lengths they may be padded to."""
-        buckets = T5_BUCKETS if self._sizes.text.bytes_per_token is None else BYTE_BUCKETS
-        return asked_bucket(self.settings.text_bucket, self._sizes.max_text_tokens, buckets)
+        return self._sizes.text_lengths(self.settings.text_bucket)
 
     @property
     def _captions(self) -> bool:

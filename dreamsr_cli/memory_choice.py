@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 from dreamsr_cli.bundle_sizes import BundleSizes, read_sizes
 from dreamsr_cli.canvas import STRIP
-from dreamsr_cli.config import TILE_BATCH, UpscaleConfig, parse_memory
+from dreamsr_cli.config import CONTROL_BYTES, TILE_BATCH, UpscaleConfig, parse_memory
 from dreamsr_cli.device import choose_device, choose_dtype
 from dreamsr_cli.errors import DeviceError, UsageError
 from dreamsr_cli.machine import free_memory
 from dreamsr_cli.memory_plan import Choice, Given, choose, need, runnable, typical_work
 from dreamsr_cli.models.bundle import Bundle
 from dreamsr_cli.models.quantization import PLAIN, MemoryMode, check_mode, installed
-from dreamsr_cli.sampler import CONTROL_BYTES
 
 
 @dataclass(frozen=True)

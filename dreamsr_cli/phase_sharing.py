@@ -20,7 +20,8 @@ from dreamsr_cli.models.compiling import compile_blocks
 from dreamsr_cli.models.quantization import MemoryMode
 from dreamsr_cli.models.text_encoder import TextEmbedding
 from dreamsr_cli.progress import Progress
-from dreamsr_cli.sampler import Sampler, Texts, TileBatch
+from dreamsr_cli.sampler import Sampler
+from dreamsr_cli.tile_work import Texts, TileBatch
 from dreamsr_cli.tiling import TileGrid
 from dreamsr_cli.work_sharing import Service
 

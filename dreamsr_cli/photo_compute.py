@@ -23,7 +23,8 @@ from dreamsr_cli.overlap import beside
 from dreamsr_cli.phase_sharing import BundleId, DecodeSetup, TileSetup
 from dreamsr_cli.photo_job import PhotoJob
 from dreamsr_cli.progress import Progress
-from dreamsr_cli.sampler import ENCODE, PIXELS, REMOVE, Sampler, Texts, texture_name
+from dreamsr_cli.sampler import ENCODE, PIXELS, REMOVE, Sampler, texture_name
+from dreamsr_cli.tile_work import Texts
 from dreamsr_cli.work_sharing import Crew, Setup, SharedWork
 
 STRIPS_WAITING = 8

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dreamsr_cli.bundle_sizes import BundleSizes
-from dreamsr_cli.config import parse_memory
-from dreamsr_cli.control_room import UNKNOWN
+from dreamsr_cli.config import CONTROL_BYTES, parse_memory
 from dreamsr_cli.images import PhotoInfo
 from dreamsr_cli.machine import Machine
 from dreamsr_cli.memory_plan import RESERVED, Phase, phases, typical_work
@@ -54,7 +53,9 @@ def decide_residency(
 ) -> Residency:
     """The most networks that fit the machine's free memory (or `memory`, as `--memory` says it: the card's, on a CPU
     RAM) side by side, with a margin, beside the largest phase's work."""
-    work = typical_work(sizes, tile or WHOLE_PHOTO_TILE, limits.strip_rows, limits.control_bytes or UNKNOWN)(tile_batch)
+    work = typical_work(sizes, tile or WHOLE_PHOTO_TILE, limits.strip_rows, limits.control_bytes or CONTROL_BYTES)(
+        tile_batch
+    )
     found = phases(sizes, mode, machine.itemsize, work)
     given = None if memory is None else parse_memory(memory)
     on_cpu = machine.device == "cpu"

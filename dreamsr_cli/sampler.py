@@ -10,17 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dreamsr_cli import flow
-from dreamsr_cli.config import ControlConfig, SamplingConfig
+from dreamsr_cli.config import CONTROL_BYTES, ControlConfig, SamplingConfig
 from dreamsr_cli.draws import normal_rows
 from dreamsr_cli.journal import Journal, Piece
 from dreamsr_cli.journal_files import RowFile, Slots
@@ -34,7 +32,7 @@ from dreamsr_cli.models.text_encoder import TextEmbedding, stack
 from dreamsr_cli.multidiffusion import finished_rows, slots_needed
 from dreamsr_cli.progress import Progress
 from dreamsr_cli.shifted_tiling import Layout, overlapping, texture_layouts
-from dreamsr_cli.text_buckets import bucket_of
+from dreamsr_cli.tile_work import Crops, Pass, Texts, TileBatch
 from dreamsr_cli.tiling import Tile, TileGrid
 from dreamsr_cli.transfers import LookAhead, Reading, lead, to_device
 from dreamsr_cli.work_sharing import Job, SharedWork
@@ -45,61 +43,6 @@ ENCODE, REMOVE, RENOISE, PIXELS = -1, -2, -3, -4
 """Numbers of a job's pieces in the journal; texture steps are 1, 2, ..."""
 RENOISE_ROWS = 64
 """Latent rows renoised at a time."""
-CONTROL_BYTES = 512 * 2**20
-"""Control features are kept between steps up to this size in all where no plan says otherwise (`control_room`); beyond
-it they are computed again, with the same result."""
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Embedded prompts of one photo."""
-
-    glob: TextEmbedding
-    """Global prompt, batch 1."""
-    local: Sequence[TextEmbedding]
-    """Local prompt of each tile in the grid's order, batch 1 each."""
-    local_to_both: bool = False
-    """The transformer gets each tile's local prompt too, instead of the global one (ablation)."""
-    most_tokens: int = 0
-    """Tokens of the longest prompt that the bundle takes; 0 where the texts of a photo are never edited."""
-    buckets: tuple[int, ...] = ()
-    """Lengths that local prompts may be padded to; none: `most_tokens`."""
-
-    @cached_property
-    def length(self) -> int:
-        """Tokens that every local prompt is padded to: with several tiles the bucket of the longest, so that another
-        text in one tile doesn't round the numbers of the others differently unless it is in another bucket."""
-        longest = max(e.tokens_BTD.shape[1] for e in self.local)
-        return longest if len(self.local) == 1 else max(longest, bucket_of(longest, self.most_tokens, self.buckets))
-
-
-class Crops(Protocol):
-    """A canvas that tiles are cut from: a file, or what process 0 sent of it."""
-
-    def crop(self, top: int, left: int, height: int, width: int) -> np.ndarray:
-        """A rectangle in latent pixels, float32 (C, height, width)."""
-        ...
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One pass of the networks over all tiles."""
-
-    step: int
-    """`REMOVE`, or the number of a texture step."""
-    t: float
-    guidance: float | None
-
-
-@dataclass(frozen=True)
-class TileBatch:
-    """A batch of tiles on its way to another process."""
-
-    work: Pass
-    tiles: tuple[int, ...]
-    """Indices, padded to a full batch."""
-    crops: tuple[dict[int, np.ndarray], ...]
-    """(C, H, W) of each tile by index, of each canvas that the pass reads."""
 
 
 class Sampler:
@@ -126,8 +69,8 @@ class Sampler:
         shared: SharedWork | None = None,
     ) -> None:
         self.restorer, self.grid, self.texts = restorer, grid, texts
-        self.layout = overlapping(grid)
-        self._layouts = texture_layouts(grid, tiling)
+        self._whole, self._layouts = overlapping(grid), texture_layouts(grid, tiling)
+        self.layout = self._whole
         self.sampling, self.control = sampling, control
         self._journal, self.progress, self.shared = journal, progress, shared
         self._kept = KeptControl(restorer.device, control_bytes, control_host)
@@ -139,7 +82,7 @@ class Sampler:
         self._has_guidance = bool(restorer.dit.transformer.config["guidance_embeds"])
         channels = restorer.dit.transformer.config["in_channels"] // 4
         self.shape = (channels, grid.canvas_height // STRIDE, grid.canvas_width // STRIDE)
-        self._slots = None if journal is None else self._open_slots(self.layout)
+        self._slots: Slots | None = None
 
     @property
     def journal(self) -> Journal:
@@ -149,7 +92,7 @@ class Sampler:
 
     def layout_of(self, step: int) -> Layout:
         """The tiles of the removal step (`REMOVE`) or of a texture step."""
-        return overlapping(self.grid) if step == REMOVE else self._layouts[(step - 1) % len(self._layouts)]
+        return self._whole if step == REMOVE else self._layouts[(step - 1) % len(self._layouts)]
 
     def _open_slots(self, *layouts: Layout) -> Slots:
         """Slots for tiles of any of these layouts, whose tiles have one size."""
@@ -174,8 +117,7 @@ class Sampler:
         guidance = REMOVAL_GUIDANCE if self._has_guidance else None
         self.progress.phase("remove degradation", len(self.grid.tiles))
         piece = self.journal.piece("z_dr", REMOVE, self.shape)
-
-        self._slots = self._open_slots(self.layout_of(REMOVE))
+        self._slots = self._open_slots(self._whole)
         for top, bottom, v_CHW in self._merged(Pass(REMOVE, self.sampling.t_r, guidance), (z_lq,), piece.rows_done):
             piece.append(z_lq.rows(top, bottom) - t_r * v_CHW)
         return piece.finish()
@@ -269,7 +211,7 @@ class Sampler:
         Goes on at latent row `ready`; batches whose slots are whole are not computed again. Other processes may begin
         the pass `following` on finished rows of `piece`, which this one makes.
         """
-        assert self._slots is not None, "another process has the journal"
+        assert self._slots is not None, "each stage opens its slots"
         layout, slots = self.layout_of(work.step), self._slots
         slots.begin(work.step)
 

@@ -53,6 +53,11 @@ class Settings:
     tile_auto: tuple[int, int] | None
     """With `--tile auto` the sides to choose from; `tile` is the bundle's until one is chosen for a photo."""
 
+    @property
+    def largest_tile(self) -> int:
+        """Side of the largest tile that a photo may get; 0: the whole photo."""
+        return self.tile_auto[1] if self.tile_auto else self.tile
+
 
 def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
     """Fill in what the bundle decides and check every value. Raises `UsageError` naming the flag and what to type."""

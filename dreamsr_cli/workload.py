@@ -15,7 +15,7 @@ from dreamsr_cli.memory_plan import WEIGHT_BYTES, Phase, PhaseWork, phases
 from dreamsr_cli.models.quantization import MemoryMode
 from dreamsr_cli.photo_pixels import IN_MEMORY
 from dreamsr_cli.shifted_tiling import Layout, texture_layouts
-from dreamsr_cli.text_buckets import BYTE_BUCKETS, T5_BUCKETS, asked_bucket, bucket_of
+from dreamsr_cli.text_buckets import bucket_of
 from dreamsr_cli.tiling import TileGrid
 
 DESCRIBED_BYTES = 88
@@ -162,23 +162,20 @@ class Workload:
         tiles = len(self.grid.tiles)
         local = glob if tiles == 1 else described
         distinct = 1 if tiles == 1 else tiles + 1 if described else 1 + bool(typed)
-        text, (longest, buckets) = self.sizes.text, self.text_lengths
+        text, (longest, buckets) = self.sizes.text, self.sizes.text_lengths(self.settings.text_bucket)
         if text.bytes_per_token is None:
             length = bucket_of(-(-max(glob, local) // BYTES_PER_T5_TOKEN) + 1, longest, buckets)
             return distinct, length, length
         return distinct, text.tokens(glob, longest), text.tokens(local, longest)
 
     @property
-    def text_lengths(self) -> tuple[int, tuple[int, ...]]:
-        """(tokens at which prompts are cut, lengths they may be padded to)."""
-        buckets = T5_BUCKETS if self.sizes.text.bytes_per_token is None else BYTE_BUCKETS
-        return asked_bucket(self.settings.text_bucket, self.sizes.max_text_tokens, buckets)
-
-    @property
     def padded_local(self) -> int:
         """Tokens of a local prompt as the ControlNet sees it: with several tiles all are padded to a bucket
         (`sampler.Texts.length`)."""
-        return self.prompts[2] if len(self.grid.tiles) == 1 else bucket_of(self.prompts[2], *self.text_lengths)
+        longest = self.prompts[2]
+        if len(self.grid.tiles) == 1:
+            return longest
+        return bucket_of(longest, *self.sizes.text_lengths(self.settings.text_bucket))
 
     @property
     def feature_bytes(self) -> int:

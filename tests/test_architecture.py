@@ -66,6 +66,7 @@ LAYERS = (
         "tile_likeness",
         "canvas",
         "sampler",
+        "tile_work",
         "texts_ahead",
         "kept_control",
         "degradations",

@@ -19,10 +19,10 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dreamsr_cli import canvas, sampler
+from dreamsr_cli import canvas
 from dreamsr_cli.bundle_sizes import read_sizes
 from dreamsr_cli.cli.app import run
-from dreamsr_cli.config import OutputConfig, UpscaleConfig
+from dreamsr_cli.config import CONTROL_BYTES, OutputConfig, UpscaleConfig
 from dreamsr_cli.engine import check_settings, upscale
 from dreamsr_cli.errors import InputError, UsageError
 from dreamsr_cli.images import read_info
@@ -35,7 +35,7 @@ from dreamsr_cli.progress import SilentProgress
 from dreamsr_cli.workload import Limits
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMITS = Limits(strip_rows=canvas.STRIP, control_bytes=sampler.CONTROL_BYTES)
+LIMITS = Limits(strip_rows=canvas.STRIP, control_bytes=CONTROL_BYTES)
 MACHINE = Machine("cpu", "tester", "fp32", 1, 8 * 2**30, None, 1e9)
 SMALL = UpscaleConfig(tile=64, overlap=16, steps=3, precision="fp32", scale=2.0, device="cpu")
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from dreamsr_cli import flow
+from dreamsr_cli.config import CONTROL_BYTES
 from dreamsr_cli.journal import Journal
 from dreamsr_cli.journal_files import RowFile
 from dreamsr_cli.models.bundle import Restorer, open_bundle
 from dreamsr_cli.models.text_encoder import stack
 from dreamsr_cli.multidiffusion import blend
 from dreamsr_cli.progress import SilentProgress
-from dreamsr_cli.sampler import CONTROL_BYTES, REMOVE, Sampler, Texts, renoise
+from dreamsr_cli.sampler import REMOVE, Sampler, Texts, renoise
 from dreamsr_cli.tiling import make_grid
 
 CPU = torch.device("cpu")
@@ -288,9 +289,9 @@ def test_a_damaged_slot_is_computed_again(bench) -> None:
         file.write(b"\xff\xff\xff\xff")
     with Journal(folder, {}, 0) as journal:
         sampler = b.sampler(journal)
-        assert sampler._slots is not None
-        sampler._slots.begin(REMOVE)
-        assert [sampler._slots.holds(i) for i in range(3)] == [False, True, False]
+        slots = sampler._open_slots(sampler.layout)
+        slots.begin(REMOVE)
+        assert [slots.holds(i) for i in range(3)] == [False, True, False]
         assert np.array_equal(sampler.remove(b.on_disk(z_lq, "z")).rows(0, b.shape[1]), whole)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dreamsr_cli.config import TILINGS, OutputConfig, UpscaleConfig
+from dreamsr_cli.config import CONTROL_BYTES, TILINGS, OutputConfig, UpscaleConfig
 from dreamsr_cli.engine import check_settings, upscale
 from dreamsr_cli.errors import JournalError, UsageError
 from dreamsr_cli.journal import Journal, journal_folder
@@ -21,7 +21,7 @@ from dreamsr_cli.models.bundle import open_bundle
 from dreamsr_cli.models.conditioned_dit import ConditionedDiT
 from dreamsr_cli.multidiffusion import blend
 from dreamsr_cli.progress import SilentProgress
-from dreamsr_cli.sampler import CONTROL_BYTES, Sampler, Texts
+from dreamsr_cli.sampler import Sampler, Texts
 from dreamsr_cli.shifted_tiling import POSITIONS, Layout, overlapping, texture_layouts
 from dreamsr_cli.tiling import make_grid
 

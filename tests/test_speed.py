@@ -22,7 +22,7 @@ from dreamsr_cli.backoff import WorkPlan, next_plan
 from dreamsr_cli.batch_choice import automatic_batch, fitting_batch
 from dreamsr_cli.bundle_sizes import read_sizes
 from dreamsr_cli.canvas import STRIP
-from dreamsr_cli.config import OutputConfig, UpscaleConfig
+from dreamsr_cli.config import CONTROL_BYTES, OutputConfig, UpscaleConfig
 from dreamsr_cli.control_room import with_control_room
 from dreamsr_cli.engine import check_settings, upscale
 from dreamsr_cli.errors import DeviceError, UsageError
@@ -37,7 +37,7 @@ from dreamsr_cli.models.text_encoder import stack
 from dreamsr_cli.models.tokens import joint_mask, rotary
 from dreamsr_cli.progress import SilentProgress
 from dreamsr_cli.sampler import Texts
-from dreamsr_cli.text_buckets import T5_BUCKETS, bucket_of
+from dreamsr_cli.text_buckets import BYTE_BUCKETS, T5_BUCKETS, bucket_of
 from dreamsr_cli.tiling import make_grid
 from dreamsr_cli.transfers import LookAhead
 from dreamsr_cli.workload import Limits, Workload
@@ -71,9 +71,9 @@ def test_the_bucket_holds_the_longest_text(tokens, length) -> None:
 
 def test_texts_are_padded_to_their_bucket_and_flux_sees_it(tiny_bundle, tiny_flux_bundle) -> None:
     encoder = open_bundle(str(tiny_bundle)).open_text_encoder(CPU, torch.float32)
-    (short, long), _ = encoder.encode(["a wall", "b" * 150], 128, encoder.buckets)
-    assert Texts(short, [short, short], False, 128, encoder.buckets).length == 32
-    assert Texts(short, [short, long], False, 128, encoder.buckets).length == 64
+    (short, long), _ = encoder.encode(["a wall", "b" * 150], 128, BYTE_BUCKETS)
+    assert Texts(short, [short, short], False, 128, BYTE_BUCKETS).length == 32
+    assert Texts(short, [short, long], False, 128, BYTE_BUCKETS).length == 64
     assert Texts(short, [short, short], False, 128).length == 128
     assert Texts(short, [short]).length == short.tokens_BTD.shape[1]
     flux = open_bundle(str(tiny_flux_bundle)).open_text_encoder(CPU, torch.float32)
@@ -146,7 +146,7 @@ def machine(device: str = "cpu", memory: int | None = None, card: int | None = N
 
 
 def test_room_for_features_follows_the_free_memory(tiny_bundle) -> None:
-    for ram, most in ((None, control_room.UNKNOWN), (8 * MIB, MIB), (2**40, control_room.CPU_MOST)):
+    for ram, most in ((None, CONTROL_BYTES), (8 * MIB, MIB), (2**40, control_room.CPU_MOST)):
         work = with_control_room(workload(tiny_bundle, machine("cpu", ram)))
         limits, whole = work.limits, work.batches * work.feature_bytes
         assert limits.control_bytes is not None and limits.control_host == 0

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreamsr_cli import canvas, sampler
+from dreamsr_cli import canvas
 from dreamsr_cli.bundle_sizes import read_sizes
 from dreamsr_cli.cli.app import run
 from dreamsr_cli.cli.options import upscale_options
-from dreamsr_cli.config import OutputConfig, UpscaleConfig
+from dreamsr_cli.config import CONTROL_BYTES, OutputConfig, UpscaleConfig
 from dreamsr_cli.engine import check_settings, upscale
 from dreamsr_cli.errors import UsageError
 from dreamsr_cli.images import read_info
@@ -26,7 +26,7 @@ from dreamsr_cli.progress import SilentProgress
 from dreamsr_cli.tile_choice import USABLE, TileChoice, settle_tile
 from dreamsr_cli.workload import Limits
 
-LIMITS = Limits(strip_rows=canvas.STRIP, control_bytes=sampler.CONTROL_BYTES)
+LIMITS = Limits(strip_rows=canvas.STRIP, control_bytes=CONTROL_BYTES)
 MACHINE = Machine("cpu", "tester", "fp32", 1, 2**30, None, 1e9, 1e9, 8 * 2**30)
 AUTO = UpscaleConfig(tile="auto", steps=2, precision="fp32", scale=4.0, device="cpu", captioner="none")
 

@@ -54,8 +54,7 @@ class Planner:
         self._limits = Limits(strip_rows=STRIP)
         settings = self._settings
         mode = MemoryMode(settings.quantize, settings.offload)
-        tile = settings.tile_auto[1] if settings.tile_auto else settings.tile
-        about = (self._machine, tile, settings.tile_batch, self._limits, photos, config.memory)
+        about = (self._machine, settings.largest_tile, settings.tile_batch, self._limits, photos, config.memory)
         self._kept = decide_residency(self._sizes, mode, *about).keep
         self._lacks = tuple(str(lack) for lack in lacking(bundle.config))
         tile = self._settings.tile or bundle.config.defaults.tile

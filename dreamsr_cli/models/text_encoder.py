@@ -14,7 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from dreamsr_cli.text_buckets import BYTE_BUCKETS, T5_BUCKETS, bucket_of
+from dreamsr_cli.text_buckets import bucket_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,9 +49,6 @@ class TextEncoder(Protocol):
 
     pads_are_seen: bool
     """True where the transformer was trained to attend to padding (FLUX); False: padding is masked everywhere."""
-
-    buckets: tuple[int, ...]
-    """Lengths that prompts are padded to where nobody says otherwise (`text_buckets`)."""
 
     def encode(
         self, texts: Sequence[str], max_tokens: int, buckets: Sequence[int] = ()
@@ -98,7 +95,6 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
     """
 
     pads_are_seen = False
-    buckets: tuple[int, ...] = BYTE_BUCKETS
     PAD = 256
 
     @register_to_config
@@ -168,7 +164,6 @@ class FluxTextEncoder:
     """
 
     pads_are_seen = True
-    buckets: tuple[int, ...] = T5_BUCKETS
 
     def __init__(
         self,

@@ -18,8 +18,6 @@ class LazyTextEncoder:
     """A bundle's CLIP and T5 behind a cache. Where every prompt is known (captions), they are never opened."""
 
     pads_are_seen = True
-    buckets: tuple[int, ...] = ()
-    """Training sees the longest padding, as FLUX did."""
 
     def __init__(self, bundle: Bundle, device: torch.device, dtype: torch.dtype) -> None:
         self._bundle, self._device, self._dtype = bundle, device, dtype
@@ -29,7 +27,7 @@ class LazyTextEncoder:
     def encode(
         self, texts: Sequence[str], max_tokens: int, buckets: Sequence[int] = ()
     ) -> tuple[list[TextEmbedding], list[int]]:
-        """See `TextEncoder.encode`; cut texts are not told, and all are padded to `max_tokens`."""
+        """See `TextEncoder.encode`; cut texts are not told, and all are padded to `max_tokens`, as FLUX was trained."""
         assert not buckets, "embeddings are kept at one length"
         if max_tokens not in self._caches:
             folder = self._bundle.part_folder("text_encoder")
