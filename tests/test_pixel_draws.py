@@ -175,3 +175,15 @@ def test_bicubic_draws_nothing_and_usm_can_be_set() -> None:
     assert plain == pixel.draw("bicubic", 2, "cd", 5)
     for preset in TABLE:
         assert [pixel.draw(preset, 1, "ab", 0, usm=usm).sharpen for usm in (True, False)] == [True, False]
+
+
+def test_camera_keeps_the_size_and_adds_little() -> None:
+    params = drawn("camera")
+    for number, (gaussian, poisson, jpeg) in enumerate((((0, 3), (0.01, 0.2), 92), ((0, 2), (0.01, 0.1), 85))):
+        passes = [p.passes[number] for p in params]
+        assert all(p.factor == 1 and (p.blur is not None) == (number == 0) for p in passes)
+        is_uniform([p.noise.strength for p in passes if p.noise.kind == "gaussian"], *gaussian)
+        is_uniform([p.noise.strength for p in passes if p.noise.kind == "poisson"], *poisson)
+        assert {p.jpeg for p in passes} == set(range(jpeg, 101))
+    is_blur([p.passes[0].blur for p in params if p.passes[0].blur is not None], (0.4, 3.0))
+    assert not any(p.sharpen or p.final_sinc for p in params)

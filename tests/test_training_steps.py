@@ -171,6 +171,22 @@ def test_the_critic_judges_the_pictures_that_inference_ends_in(tiny_networks) ->
         assert float(outcome.terms[term]) == pytest.approx(-float(outcome.fake.mean()), abs=1e-6)
 
 
+def test_texture_parts_come_every_so_many_steps(tiny_networks) -> None:
+    recipe = replace(RECIPE, texture_every=3)
+    unfreeze(tiny_networks, STAGES["backbone"].trains)
+    for step in range(5):
+        outcome = restoration_step(tiny_networks, recipe, None, None, crops(step=step))
+        assert ("texture_velocity" in outcome.terms) == (step % 3 == 0)
+        if step % 3:
+            assert outcome.fake is not None
+            assert float(outcome.loss.detach()) == pytest.approx(
+                float(outcome.terms["removal_latent"] + outcome.terms["removal_pixel"]), rel=1e-5
+            )
+    outcome.loss.backward()
+    # Nothing waits for the next texture part: every network also takes part in removal.
+    assert without_gradient(tiny_networks.named(("transformer", "controlnet", "text_encoder", "refiner"))) == []
+
+
 def test_stage_autoencoder_trains_the_refiner(tiny_networks) -> None:
     named = unfreeze(tiny_networks, STAGES["autoencoder"].trains)
     assert named and all(name.startswith("refiner.") for name in named)

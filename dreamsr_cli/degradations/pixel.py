@@ -28,7 +28,6 @@ from dreamsr_cli.degradations.kernels import KernelParams, draw_blur, draw_sinc,
 from dreamsr_cli.degradations.presets import PRESETS, PassPreset
 
 FILTERS = ("area", "bilinear", "bicubic")
-FINAL_SINC_SHARE = 0.8
 GREY_NOISE_SHARE = 0.4
 GAUSSIAN_NOISE_SHARE = 0.5
 USM_SIZE, USM_WEIGHT, USM_THRESHOLD = 51, 0.5, 10 / 255
@@ -103,7 +102,7 @@ def draw(
         noise_seed=int(rng.integers(2**62)),
         passes=passes,
         final_filter=str(rng.choice(FILTERS)),
-        final_sinc=draw_sinc(rng, lowest=math.pi / 3) if rng.random() < FINAL_SINC_SHARE else None,
+        final_sinc=draw_sinc(rng, lowest=math.pi / 3) if rng.random() < chosen.sinc_share else None,
         sinc_first=bool(rng.random() < 0.5),
     )
 

@@ -1,4 +1,4 @@
-"""Published settings of the pixel degradation: what the two SeeSR settings and Real-ESRGAN draw from."""
+"""Settings of the pixel degradation: what the two SeeSR settings, Real-ESRGAN and our own `camera` draw from."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ class PassPreset:
 
 @dataclass(frozen=True)
 class Preset:
-    """A published setting of the pipeline."""
+    """A setting of the pipeline."""
 
     first: PassPreset
     second: PassPreset
     sharpen: bool
     """Whether the ground truth is sharpened (USM) before degradation, and as the target."""
+    sinc_share: float = 0.8
+    """Chance of a last sinc filter."""
 
 
 def _first(resize: Range, gaussian: Range, poisson: Range, jpeg: tuple[int, int]) -> PassPreset:
@@ -43,6 +45,10 @@ def _first(resize: Range, gaussian: Range, poisson: Range, jpeg: tuple[int, int]
 
 def _second(resize: Range, blur: float, gaussian: Range, poisson: Range, jpeg: tuple[int, int]) -> PassPreset:
     return PassPreset(resize, (0.3, 0.4, 0.3), blur, (0.2, 1.5), gaussian, poisson, jpeg)
+
+
+def _camera(blur: float, sigma: Range, gaussian: Range, poisson: Range, jpeg: tuple[int, int]) -> PassPreset:
+    return PassPreset((1.0, 1.0), (0.0, 0.0, 1.0), blur, sigma, gaussian, poisson, jpeg)
 
 
 _STRONG = Preset(
@@ -59,6 +65,13 @@ PRESETS: dict[str, Preset | None] = {
     ),
     "seesr-pairs": _STRONG,
     "realesrgan": _STRONG,
+    # Ours: a good lens and sensor and nothing that was done to the photo later, as in the pairs of RealSR.
+    "camera": Preset(
+        _camera(1.0, (0.4, 3.0), (0, 3), (0.01, 0.2), (92, 100)),
+        _camera(0.0, (0.2, 0.8), (0, 2), (0.01, 0.1), (85, 100)),
+        sharpen=False,
+        sinc_share=0.0,
+    ),
     "bicubic": None,
 }
 """Presets by name; None: only the field's antialiased cubic downscale."""

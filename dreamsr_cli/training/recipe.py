@@ -180,6 +180,8 @@ class Recipe:
     (the bad crop)."""
     texture_share: float = 0.5
     """Chance that a step of stage joint is a texture step."""
+    texture_every: int = 1
+    """Stage backbone: every how many steps there is a texture part beside the removal part."""
     ablation: str = "none"
     """A row of the paper's Tables 3 to 5: a key of `ABLATIONS`."""
     accumulate: int = 1
@@ -305,6 +307,8 @@ def _check(recipe: Recipe, where: str) -> None:
     ):
         if value not in known:
             raise ConfigError(f"{where}: {name} {value!r} is not known", f"use one of {', '.join(known)}")
+    if recipe.texture_every < 1:
+        raise ConfigError(f"{where}: texture_every is {recipe.texture_every}", "use 1 or more steps")
     if recipe.accumulate < 1:
         raise ConfigError(f"{where}: accumulate is {recipe.accumulate}", "use 1 or more passes")
     if not 0 <= recipe.texture_share <= 1:

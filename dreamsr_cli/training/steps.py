@@ -179,6 +179,7 @@ def restoration_step(
     result.
 
     Sharing the crops gives the texture part exactly the condition it meets at inference, at no extra forward pass.
+    Steps between those of `texture_every` have the removal part alone.
     """
     target, z_0, z_lq = _encoded(networks, crops)
     local, glob = _texts(networks, crops)
@@ -186,6 +187,8 @@ def restoration_step(
     # Where the texture part ends in pictures as inference makes them, these are what has to look like photos.
     first, second = (None, critic) if recipe.renoised_share else (critic, None)
     removal = _removal(networks, recipe, perceptual, first, z_dr, z_0, target)
+    if crops.step % recipe.texture_every:
+        return removal._replace(fake=None, real=None) if recipe.renoised_share else removal
     texture = _texture(networks, recipe, perceptual, second, crops, z_0, target, z_dr.detach(), local, glob)
     judged = texture if recipe.renoised_share else removal
     return Outcome(removal.loss + texture.loss, removal.terms | texture.terms, judged.fake, judged.real)

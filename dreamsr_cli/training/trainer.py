@@ -125,6 +125,9 @@ def _train(job: TrainJob, progress: Progress, team: Team, interruptions: Interru
         networks.checkpoint_blocks()
     if job.compile:
         networks.compile_blocks()
+        if isinstance(perceptual, torch.nn.Module):
+            # Its elementwise work on large features is a seventh of a step on a CPU.
+            perceptual.compile()
     trackers = open_trackers(job.trackers, job.out, recipe_dict(recipe), main=team.main)
     run = Run(stage, recipe, job.out, networks, source, perceptual, team, interruptions, trackers, job.keep)
     if saved is not None:
