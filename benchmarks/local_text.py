@@ -4,8 +4,10 @@
 
 Every photo is degraded and cut into tiles. For each tile the loss of eq. 5 is taken at several t, with the same noise,
 under three local prompts: the tile's own (described from the good crop, as in training), that of the same tile of the
-next photo, and an empty one; the global prompt stays. Differences are paired, their 95 % intervals by bootstrap over
-photos and over tiles. Also: how large each text injection is, |M_txt(...)| / |f_txt| over the tokens that are text.
+next photo, and an empty one; the global prompt stays. With --detail-words prompts also say how much fine detail the
+good tile has, as a share of the training prompts does: what its degraded copy doesn't show. Differences are paired,
+their 95 % intervals by bootstrap over photos and over tiles. Also: how large each text injection is, |M_txt(...)| /
+|f_txt| over the tokens that are text.
 
 Axes: B batch, C channels, H W latent, P Q pixels, T tokens, D width.
 """
@@ -41,11 +43,12 @@ class Tiles:
     glob: str
 
 
-def read_tiles(path: Path, side: int, preset: str, seed: int, scale: int = 4) -> Tiles:
+def read_tiles(path: Path, side: int, preset: str, seed: int, with_detail: bool = False, scale: int = 4) -> Tiles:
     """Tiles of `side` pixels, side by side; the photo is cropped to whole tiles and degraded as a whole."""
     from dreamsr_cli.degradations import pixel
     from dreamsr_cli.images import open_photo
     from dreamsr_cli.models.captioner import Describer
+    from dreamsr_cli.models.detail_words import detail_words
 
     with open_photo(path) as photo:
         rgb_PQC = photo.read_rows(0, photo.info.height)
@@ -59,8 +62,12 @@ def read_tiles(path: Path, side: int, preset: str, seed: int, scale: int = 4) ->
     def cut(x_CPQ: Tensor) -> Tensor:
         return x_CPQ.unflatten(1, (rows, side)).unflatten(3, (columns, side)).permute(1, 3, 0, 2, 4).flatten(0, 1)
 
+    def words(rgb_PQC: np.ndarray) -> str:
+        said = Describer().describe(rgb_PQC)
+        return f"{said} {detail_words(rgb_PQC)}" if with_detail else said
+
     tiles = cut(good)
-    texts = [Describer().describe(tile.permute(1, 2, 0).numpy()) for tile in tiles]
+    texts = [words(tile.permute(1, 2, 0).numpy()) for tile in tiles]
     return Tiles(tiles * 2 - 1, cut(bad).clamp(0, 1) * 2 - 1, texts, Describer().describe(rgb_PQC))
 
 
@@ -165,7 +172,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from dreamsr_cli.evaluation.statistics import bootstrap_interval
 
     paths = sorted(p for p in Path(options.photos).iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".tif"))
-    photos = [read_tiles(path, options.tile, options.preset, options.seed) for path in paths[: options.limit]]
+    photos = [
+        read_tiles(path, options.tile, options.preset, options.seed, options.detail_words)
+        for path in paths[: options.limit]
+    ]
     if len(photos) < 2:
         raise InputError(f"{options.photos} holds {len(photos)} photos", "give a folder of two or more")
     bench = Bench(options.model)
@@ -224,6 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tile", type=int, default=256, help="side of a tile in pixels, a multiple of 16")
     parser.add_argument("--t", type=float, nargs="+", default=[0.1, 0.3, 0.5], help="times")
     parser.add_argument("--draws", type=int, default=2, help="noise draws per tile and time")
+    parser.add_argument("--detail-words", action="store_true", help="prompts that also say how much detail there is")
     parser.add_argument("--limit", type=int, default=None, help="only the first photos")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")

@@ -18,6 +18,7 @@ from dreamsr_cli import draws
 from dreamsr_cli.degradations import pixel
 from dreamsr_cli.errors import ConfigError, TrainingError
 from dreamsr_cli.models.captioner import Describer
+from dreamsr_cli.models.detail_words import detail_words
 from dreamsr_cli.plain_data import from_dict
 from dreamsr_cli.training.crops import DEAD_LEAVES, Batch, CropSettings, Sample, batches, make_sample
 from dreamsr_cli.training.dead_leaves import dead_leaves
@@ -149,6 +150,30 @@ def test_local_text_is_of_the_crop_and_global_text_of_the_photo(make_source: Cal
     assert differ > 0
 
 
+def test_crops_of_a_part_of_a_shrunk_photo_have_words_of_their_own(make_source: Callable[..., PhotoSource]) -> None:
+    source, describer = make_source(), Describer()
+    part = dataclasses.replace(SMALL, p_full=1.0, full_side=128, dead_leaves=0.0)
+    for step in range(4):
+        sample = make_sample(source, part, step, 0)
+        assert sample.local_text == describer.describe(sample.hq_CPQ.transpose(1, 2, 0).astype(np.float32) / 255)
+
+
+def test_a_share_of_local_texts_says_how_much_detail_there_is(make_source: Callable[..., PhotoSource]) -> None:
+    source = make_source()
+    plain = dataclasses.replace(SMALL, p_full=0.0, dead_leaves=0.0)
+    half = dataclasses.replace(plain, detail_words=0.5)
+    told = 0
+    for step in range(24):
+        before, after = make_sample(source, plain, step, 0), make_sample(source, half, step, 0)
+        # Nothing else is drawn differently.
+        assert before.hq_CPQ.tobytes() == after.hq_CPQ.tobytes() and before.lq_CPQ.tobytes() == after.lq_CPQ.tobytes()
+        words = detail_words(after.hq_CPQ.transpose(1, 2, 0).astype(np.float32) / 255)
+        assert after.local_text in (before.local_text, f"{before.local_text} {words}")
+        assert after.global_text == before.global_text
+        told += after.local_text != before.local_text
+    assert 5 <= told <= 19
+
+
 def test_shrunk_steps_share_one_text_and_dead_leaves_have_no_photo(make_source: Callable[..., PhotoSource]) -> None:
     source = make_source()
     full = dataclasses.replace(SMALL, p_full=1.0, dead_leaves=0.0)
@@ -258,7 +283,14 @@ def test_mixed_presets_keep_their_shares(make_source: Callable[..., PhotoSource]
 
 
 def test_settings_and_folders_that_make_no_sense(make_source: Callable[..., PhotoSource], tmp_path: Path) -> None:
-    for key, value in {"crop": 100, "preset": "mystery", "p_full": 1.5, "full_side": 48, "candidates": 0}.items():
+    for key, value in {
+        "crop": 100,
+        "preset": "mystery",
+        "p_full": 1.5,
+        "detail_words": -0.1,
+        "full_side": 48,
+        "candidates": 0,
+    }.items():
         with pytest.raises(ConfigError, match=key):
             from_dict(CropSettings, {"crop": 64, key: value}, "test")
     with pytest.raises(TrainingError, match="no such folder"):

@@ -1,7 +1,7 @@
 """Training samples: a good crop, its bad small version, and the two prompts, pure functions of (seed, step, index).
 
 Receptive-Field Enhancement (method.md, Training): crops come from native photos with the crop's own local prompt, and
-in a share of the steps from shrunk photos with local prompt = global prompt.
+in a share of the steps from shrunk photos, with local prompt = global prompt where a crop shows about all of its photo.
 
 Axes: C channels, P Q pixel rows and columns.
 """
@@ -19,6 +19,7 @@ from dreamsr_cli.degradations import pixel
 from dreamsr_cli.degradations.presets import PRESETS
 from dreamsr_cli.errors import ConfigError, InputError, TrainingError
 from dreamsr_cli.models.captioner import Describer
+from dreamsr_cli.models.detail_words import detail_words
 from dreamsr_cli.training.cutting import busy_corner, cut, palette
 from dreamsr_cli.training.dead_leaves import dead_leaves
 from dreamsr_cli.training.photos import PhotoSource, TrainingPhoto, describe_whole, turned
@@ -29,6 +30,8 @@ SAMPLES_PER_STEP = 1 << 20
 """More than any global batch: keeps crop indices of different steps apart."""
 MOST_TRIES = 16
 """Items drawn for one sample before the run stops."""
+WHOLE = 1.25
+"""A crop shows the whole photo where the photo's short side is at most this many times the crop's."""
 TURNS = {1: (0,), 2: (0, 4), 8: tuple(range(8))}
 """Turns used (see `photos.turned`), by how many there are."""
 
@@ -50,7 +53,7 @@ class CropSettings:
     dead_leaves: float = 0.0
     """Share of samples that are dead leaves instead of photos."""
     p_full: float = 0.2
-    """Chance of a step that its photos are shrunk first and local prompt = global prompt."""
+    """Chance of a step that its photos are shrunk first."""
     full_side: int = 1024
     """Short side of a shrunk photo."""
     full_crop: int | None = None
@@ -59,6 +62,8 @@ class CropSettings:
     """Flips and quarter turns used: 8 all, 2 mirroring only (for prompts and writing), 1 none."""
     candidates: int = 3
     """Crops drawn per sample, one of which is kept with a chance that grows with its gradient energy."""
+    detail_words: float = 0.0
+    """Chance that the describer's local prompt ends with how much fine detail the good crop has."""
     usm: bool | None = None
     """Sharpening of the good crop; None: the preset's."""
     held_out: bool = False
@@ -72,7 +77,7 @@ class CropSettings:
             raise ConfigError(f"shares of mix {dict(self.mix)} exceed 1", "the rest is left to preset")
         if self.crop < GRAIN or self.crop % GRAIN or self.crop % self.scale:
             raise ConfigError(f"crop {self.crop} is not a multiple of {GRAIN} and of the scale", "try crop = 256")
-        for name in ("dead_leaves", "p_full"):
+        for name in ("dead_leaves", "p_full", "detail_words"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} = {getattr(self, name)} is not a share", "give a number from 0 to 1")
         if self.full_side < self.crop:
@@ -180,7 +185,7 @@ def _try(source: Source, settings: CropSettings, step: int, index: int, attempt:
     """The sample from one drawn item; None where it is too small. `InputError` where it is damaged."""
     rng, item = _item(source, settings, step, index, attempt)
     turn = TURNS[settings.turns][int(rng.integers(8)) % settings.turns]
-    size, full = crop_side(source, settings, step), False
+    size, full, whole = crop_side(source, settings, step), False, False
     global_text: str | None = None
     local_text: str | None = None
     lq_PQC = erased_PQC = None
@@ -195,6 +200,8 @@ def _try(source: Source, settings: CropSettings, step: int, index: int, attempt:
         hq_PQC, scale = pictures.hq_PQC, pictures.scale
         if min(hq_PQC.shape[:2]) < size:
             return None
+        # A crop of a part of a shrunk photo still has words of its own.
+        whole = min(hq_PQC.shape[:2]) <= WHOLE * size
         if size % scale:
             raise InputError(f"{item.name}: its scale {scale} doesn't divide crops of {size}", "choose other crops")
         corner = busy_corner(hq_PQC, size, settings.candidates, rng, scale)
@@ -213,11 +220,13 @@ def _try(source: Source, settings: CropSettings, step: int, index: int, attempt:
         lq_CPQ = _levels(pixel.degrade(hq_CPQ.float() / 255, params)).numpy()
     else:
         hq_CPQ, lq_CPQ = _levels(hq_CPQ), np.ascontiguousarray(lq_PQC.transpose(2, 0, 1))
-    if full and global_text is not None:
+    if full and global_text is not None and whole:
         local_text = global_text
     elif local_text is None:
         crop_PQC = np.ascontiguousarray(hq_CPQ.permute(1, 2, 0).numpy(), np.float32) / 255
         local_text = Describer().describe(crop_PQC)
+        if draws.generator(settings.seed, "detail-words", step, index).random() < settings.detail_words:
+            local_text = f"{local_text} {detail_words(crop_PQC)}"
     erased_CPQ = None if erased_PQC is None else np.ascontiguousarray(erased_PQC.transpose(2, 0, 1))
     return Sample(hq_CPQ.numpy(), lq_CPQ, local_text, global_text or local_text, origin, erased_CPQ)
 

@@ -69,8 +69,8 @@ class DataRecipe:
     dead_leaves: float = 0.1
     """Share of samples that are dead-leaves images made on the fly."""
     full_photo: float = 0.2
-    """Receptive-Field Enhancement: chance that the photo is first shrunk to a short side of `full_side` and local
-    text = global text."""
+    """Receptive-Field Enhancement: chance that the photo is first shrunk to a short side of `full_side`; a crop of
+    about all of it has local text = global text."""
     full_side: int = 1024
     """Short side in pixels of a shrunk photo."""
     full_crop: int | None = None
@@ -79,6 +79,8 @@ class DataRecipe:
     """Flips and quarter turns of crops: 8 all, 2 mirroring only (prompts and writing stay right), 1 none."""
     max_bad: float = 0.1
     """Share of photos that may be unreadable before the run stops."""
+    detail_words: float = 0.0
+    """Chance that a local text of the describer's ends with how much fine detail the good crop has (ours)."""
     no_text: float = 0.1
     """Chance that a sample's texts are empty, so that `--captioner none` works."""
     hold_out: int = 4
