@@ -83,6 +83,7 @@ def test_set_is_applied_in_order() -> None:
         ("accumulate=0", "accumulate"),
         ("texture_share=1.5", "texture_share"),
         ("texture_every=0", "texture_every"),
+        ("loss.removal_part=0.0", "removal_part"),
         ("optim.ema=1.0", "optim.ema"),
         ("loss.gan=-1.0", "loss.gan"),
         ("save_every=0", "save_every"),

@@ -187,6 +187,15 @@ def test_texture_parts_come_every_so_many_steps(tiny_networks) -> None:
     assert without_gradient(tiny_networks.named(("transformer", "controlnet", "text_encoder", "refiner"))) == []
 
 
+def test_the_removal_part_has_a_weight_of_its_own(tiny_networks) -> None:
+    losses = [
+        restoration_step(tiny_networks, replace(RECIPE, loss=replace(RECIPE.loss, removal_part=w)), None, None, crops())
+        for w in (1.0, 5.0)
+    ]
+    removal = losses[0].terms["removal_latent"] + losses[0].terms["removal_pixel"]
+    assert float((losses[1].loss - losses[0].loss).detach()) == pytest.approx(4 * float(removal), rel=1e-4)
+
+
 def test_stage_autoencoder_trains_the_refiner(tiny_networks) -> None:
     named = unfreeze(tiny_networks, STAGES["autoencoder"].trains)
     assert named and all(name.startswith("refiner.") for name in named)

@@ -101,6 +101,9 @@ class LossRecipe:
     """lambda_1 of eq. 7, on LPIPS."""
     texture_perceptual: float = 2.0
     """lambda of eq. 6, on LPIPS."""
+    removal_part: float = 1.0
+    """Weight of the removal part beside the texture part, stage backbone (ours): LPIPS has by far the larger gradient,
+    and what both parts share would learn from it alone."""
     t_floor: float = 0.0
     """Below this t, eq. 5 weighs (t / t_floor)^2; for a transformer that predicts corrections."""
     pixel_kind: str = "mse"
@@ -311,6 +314,8 @@ def _check(recipe: Recipe, where: str) -> None:
             raise ConfigError(f"{where}: {name} {value!r} is not known", f"use one of {', '.join(known)}")
     if recipe.texture_every < 1:
         raise ConfigError(f"{where}: texture_every is {recipe.texture_every}", "use 1 or more steps")
+    if recipe.loss.removal_part <= 0:
+        raise ConfigError(f"{where}: loss.removal_part is {recipe.loss.removal_part}", "use a weight above 0")
     if recipe.accumulate < 1:
         raise ConfigError(f"{where}: accumulate is {recipe.accumulate}", "use 1 or more passes")
     if not 0 <= recipe.texture_share <= 1:

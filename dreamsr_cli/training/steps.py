@@ -187,6 +187,7 @@ def restoration_step(
     # Where the texture part ends in pictures as inference makes them, these are what has to look like photos.
     first, second = (None, critic) if recipe.renoised_share else (critic, None)
     removal = _removal(networks, recipe, perceptual, first, z_dr, z_0, target)
+    removal = removal._replace(loss=removal.loss * recipe.loss.removal_part)
     if crops.step % recipe.texture_every:
         return removal._replace(fake=None, real=None) if recipe.renoised_share else removal
     texture = _texture(networks, recipe, perceptual, second, crops, z_0, target, z_dr.detach(), local, glob)
