@@ -9,7 +9,7 @@ photo, is what the sheet shows of it.
 from __future__ import annotations
 
 import argparse
-import hashlib
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+SCALE = 4
+"""Of the degraded photo; what the built-in model enlarges by."""
 GAP, TITLE = 5, 22
 """Pixels between panels, and above them for their words."""
 
@@ -36,38 +37,32 @@ class Shown:
     @classmethod
     def parse(cls, word: str) -> Shown:
         """From PHOTO or PHOTO@X,Y,W,H."""
-        path, _, box = word.partition("@")
-        if not box:
-            return cls(Path(path), None)
-        left, top, width, height = (int(n) for n in box.split(","))
-        return cls(Path(path), (left, top, width, height))
-
-
-def degraded(path: Path, preset: str, seed: int, scale: int = 4) -> tuple[Image.Image, Image.Image]:
-    """(good photo, small bad one)."""
-    from dreamsr_cli.degradations import pixel
-    from dreamsr_cli.images import open_photo
-
-    with open_photo(path) as photo:
-        rgb_PQC = photo.read_rows(0, photo.info.height)
-    rows, columns = (n // scale * scale for n in rgb_PQC.shape[:2])
-    good = torch.from_numpy(np.ascontiguousarray(rgb_PQC[:rows, :columns])).permute(2, 0, 1).float()
-    params = pixel.draw(preset, seed, hashlib.sha256(path.read_bytes()).hexdigest(), 0, scale, False)
-    return _picture(good), _picture(pixel.degrade(good, params))
+        found = re.fullmatch(r"(.+)@(\d+),(\d+),(\d+),(\d+)", word)
+        if found is None:
+            return cls(Path(word), None)
+        left, top, width, height = (int(n) for n in found.groups()[1:])
+        return cls(Path(found[1]), (left, top, width, height))
 
 
 def _picture(rgb_CPQ: torch.Tensor) -> Image.Image:
+    """(3, P, Q) in [0, 1] as 8 bits."""
     return Image.fromarray((rgb_CPQ.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def panels(shown: Shown, options: argparse.Namespace) -> dict[str, Image.Image]:
-    """Titles and pictures of one row."""
+    """Titles and pictures of one row. `UsageError` for a box that isn't inside the photo."""
+    from bad_photo import degraded
+
     from dreamsr_cli.config import OutputConfig, UpscaleConfig
     from dreamsr_cli.engine import upscale
+    from dreamsr_cli.errors import UsageError
     from dreamsr_cli.models.bundle import open_bundle
     from dreamsr_cli.progress import SilentProgress
 
-    good, bad = degraded(shown.path, options.preset, options.seed)
+    good, bad = (_picture(x_CPQ) for x_CPQ in degraded(shown.path, SCALE, options.preset, options.seed))
+    left, top, width, height = shown.box or (0, 0, *good.size)
+    if not width or not height or left + width > good.width or top + height > good.height:
+        raise UsageError(f"{shown.path}: its box isn't inside {good.width} x {good.height} pixels", "give X,Y,W,H")
     name, made = shown.path.stem, {"Lanczos": bad.resize(good.size, Image.Resampling.LANCZOS)}
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "photo.png"
@@ -77,7 +72,6 @@ def panels(shown: Shown, options: argparse.Namespace) -> dict[str, Image.Image]:
             upscale(source, result, open_bundle(options.model), config, OutputConfig(overwrite=True), SilentProgress())
             made[title] = Image.open(result).convert("RGB").copy()
     made["original"] = good
-    left, top, width, height = shown.box or (0, 0, *good.size)
     return {f"{name}: {k}": v.crop((left, top, left + width, top + height)) for k, v in made.items()}
 
 

@@ -15,7 +15,6 @@ Axes: B batch, C channels, H W latent, P Q pixels, T tokens, D width.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -43,21 +42,17 @@ class Tiles:
     glob: str
 
 
-def read_tiles(path: Path, side: int, preset: str, seed: int, with_detail: bool = False, scale: int = 4) -> Tiles:
+def read_tiles(path: Path, side: int, preset: str, seed: int, with_detail: bool = False) -> Tiles:
     """Tiles of `side` pixels, side by side; the photo is cropped to whole tiles and degraded as a whole."""
+    from bad_photo import degraded
+
     from dreamsr_cli.degradations import pixel
-    from dreamsr_cli.images import open_photo
     from dreamsr_cli.models.captioner import Describer
     from dreamsr_cli.models.detail_words import detail_words
 
-    with open_photo(path) as photo:
-        rgb_PQC = photo.read_rows(0, photo.info.height)
-    rows, columns = (n // side for n in rgb_PQC.shape[:2])
-    rgb_PQC = np.ascontiguousarray(rgb_PQC[: rows * side, : columns * side])
-    good = torch.from_numpy(rgb_PQC).permute(2, 0, 1).float()
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    params = pixel.draw(preset, seed, sha256, 0, scale, False)
-    bad = pixel.enlarge(pixel.degrade(good, params), *good.shape[1:])
+    good, small = degraded(path, side, preset, seed)
+    rows, columns = (n // side for n in good.shape[1:])
+    bad = pixel.enlarge(small, *good.shape[1:])
 
     def cut(x_CPQ: Tensor) -> Tensor:
         return x_CPQ.unflatten(1, (rows, side)).unflatten(3, (columns, side)).permute(1, 3, 0, 2, 4).flatten(0, 1)
@@ -68,7 +63,9 @@ def read_tiles(path: Path, side: int, preset: str, seed: int, with_detail: bool 
 
     tiles = cut(good)
     texts = [words(tile.permute(1, 2, 0).numpy()) for tile in tiles]
-    return Tiles(tiles * 2 - 1, cut(bad).clamp(0, 1) * 2 - 1, texts, Describer().describe(rgb_PQC))
+    return Tiles(
+        tiles * 2 - 1, cut(bad).clamp(0, 1) * 2 - 1, texts, Describer().describe(good.permute(1, 2, 0).numpy())
+    )
 
 
 class Injected:

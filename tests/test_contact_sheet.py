@@ -29,8 +29,11 @@ def test_a_row_of_four_panels_per_photo(monkeypatch, tmp_path, tiny_bundle) -> N
     assert not any(np.array_equal(a, b) for i, a in enumerate(row) for b in row[:i])
 
 
-def test_a_missing_photo_is_two_lines(monkeypatch, tmp_path, capsys) -> None:
+def test_a_missing_photo_or_a_box_outside_is_two_lines(monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     script = importlib.import_module("contact_sheet")
     assert script.main([str(tmp_path / "none.png"), "-o", str(tmp_path / "sheet.png")]) != 0
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    Image.new("RGB", (64, 64)).save(tmp_path / "me@home.png")
+    assert script.main([f"{tmp_path / 'me@home.png'}@60,0,8,8", "-o", str(tmp_path / "sheet.png")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 2 and not (tmp_path / "sheet.png").exists()

@@ -82,7 +82,7 @@ def test_set_is_applied_in_order() -> None:
         ("loss.pixel_kind=huber", "pixel_kind"),
         ("accumulate=0", "accumulate"),
         ("texture_share=1.5", "texture_share"),
-        ("texture_every=0", "texture_every"),
+        ("texture_every=-1", "texture_every"),
         ("loss.removal_part=0.0", "removal_part"),
         ("optim.ema=1.0", "optim.ema"),
         ("loss.gan=-1.0", "loss.gan"),

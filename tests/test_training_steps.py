@@ -177,6 +177,8 @@ def test_texture_parts_come_every_so_many_steps(tiny_networks) -> None:
     for step in range(5):
         outcome = restoration_step(tiny_networks, recipe, None, None, crops(step=step))
         assert ("texture_velocity" in outcome.terms) == (step % 3 == 0)
+        none = restoration_step(tiny_networks, replace(recipe, texture_every=0), None, None, crops(step=step))
+        assert "texture_velocity" not in none.terms
         if step % 3:
             assert outcome.fake is not None
             assert float(outcome.loss.detach()) == pytest.approx(

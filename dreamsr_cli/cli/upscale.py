@@ -57,11 +57,13 @@ def command(
         int | None, typer.Option(help="Shorter side in output pixels, instead of --scale.", rich_help_panel=_SIZE)
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Texture steps, 1 to 100 (default 16).", rich_help_panel=_METHOD)
+        int | None, typer.Option(help="Texture steps, 1 to 100 (default: the model's).", rich_help_panel=_METHOD)
     ] = None,
     strength: Annotated[
         float | None,
-        typer.Option(help="Start of texture steps, 0 (no new texture) to 1 (default 0.8).", rich_help_panel=_METHOD),
+        typer.Option(
+            help="Start of texture steps, 0 (no new texture) to 1 (default: the model's).", rich_help_panel=_METHOD
+        ),
     ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance of models that have it (FLUX).", rich_help_panel=_METHOD)

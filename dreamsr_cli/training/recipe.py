@@ -186,7 +186,7 @@ class Recipe:
     texture_share: float = 0.5
     """Chance that a step of stage joint is a texture step."""
     texture_every: int = 1
-    """Stage backbone: every how many steps there is a texture part beside the removal part."""
+    """Stage backbone: every how many steps there is a texture part beside the removal part; 0: never."""
     ablation: str = "none"
     """A row of the paper's Tables 3 to 5: a key of `ABLATIONS`."""
     accumulate: int = 1
@@ -312,8 +312,8 @@ def _check(recipe: Recipe, where: str) -> None:
     ):
         if value not in known:
             raise ConfigError(f"{where}: {name} {value!r} is not known", f"use one of {', '.join(known)}")
-    if recipe.texture_every < 1:
-        raise ConfigError(f"{where}: texture_every is {recipe.texture_every}", "use 1 or more steps")
+    if recipe.texture_every < 0:
+        raise ConfigError(f"{where}: texture_every is {recipe.texture_every}", "use 0 (never) or more steps")
     if recipe.loss.removal_part <= 0:
         raise ConfigError(f"{where}: loss.removal_part is {recipe.loss.removal_part}", "use a weight above 0")
     if recipe.accumulate < 1:

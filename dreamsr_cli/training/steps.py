@@ -188,7 +188,7 @@ def restoration_step(
     first, second = (None, critic) if recipe.renoised_share else (critic, None)
     removal = _removal(networks, recipe, perceptual, first, z_dr, z_0, target)
     removal = removal._replace(loss=removal.loss * recipe.loss.removal_part)
-    if crops.step % recipe.texture_every:
+    if not recipe.texture_every or crops.step % recipe.texture_every:
         return removal._replace(fake=None, real=None) if recipe.renoised_share else removal
     texture = _texture(networks, recipe, perceptual, second, crops, z_0, target, z_dr.detach(), local, glob)
     judged = texture if recipe.renoised_share else removal

@@ -275,9 +275,10 @@ def _losses(stage: Stage, recipe: Recipe) -> str:
         return "Charbonnier on the round trip of clean crops"
     if stage.removes:
         terms = ["latent MSE", f"pixel {loss.pixel_kind}"]
-        terms += [f"{loss.removal_perceptual:g} · {loss.perceptual}"] * perceptual
+        terms += [f"{loss.removal_perceptual:g} · {loss.perceptual}"] * (perceptual and loss.removal_perceptual > 0)
         terms += [f"{weight:g} · GAN from step {loss.gan_start} on (hinge, spectrally normalised U-Net)"] * (weight > 0)
-        words.append("removal (eq. 7): " + " + ".join(terms))
+        share = f", all · {loss.removal_part:g}" * (loss.removal_part != 1 and stage.textures and not stage.prior)
+        words.append("removal (eq. 7): " + " + ".join(terms) + share)
     if stage.textures:
         extra = f" + {loss.texture_perceptual:g} · {loss.perceptual}" * perceptual
         words.append(f"texture: velocity (eq. 5), for t ≤ 0.2 also pixel {loss.pixel_kind}{extra} (eq. 6)")
