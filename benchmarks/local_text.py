@@ -42,13 +42,13 @@ class Tiles:
     glob: str
 
 
-def read_tiles(path: Path, side: int, preset: str, seed: int, with_detail: bool = False) -> Tiles:
+def read_tiles(path: Path, side: int, preset: str, seed: int, detailed: bool = False) -> Tiles:
     """Tiles of `side` pixels, side by side; the photo is cropped to whole tiles and degraded as a whole."""
     from bad_photo import degraded
 
     from dreamsr_cli.degradations import pixel
     from dreamsr_cli.models.captioner import Describer
-    from dreamsr_cli.models.detail_words import detail_words
+    from dreamsr_cli.models.detail_words import with_detail
 
     good, small = degraded(path, side, preset, seed)
     rows, columns = (n // side for n in good.shape[1:])
@@ -59,7 +59,7 @@ def read_tiles(path: Path, side: int, preset: str, seed: int, with_detail: bool 
 
     def words(rgb_PQC: np.ndarray) -> str:
         said = Describer().describe(rgb_PQC)
-        return f"{said} {detail_words(rgb_PQC)}" if with_detail else said
+        return with_detail(said, rgb_PQC) if detailed else said
 
     tiles = cut(good)
     texts = [words(tile.permute(1, 2, 0).numpy()) for tile in tiles]

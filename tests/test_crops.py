@@ -168,7 +168,7 @@ def test_a_share_of_local_texts_says_how_much_detail_there_is(make_source: Calla
         # Nothing else is drawn differently.
         assert before.hq_CPQ.tobytes() == after.hq_CPQ.tobytes() and before.lq_CPQ.tobytes() == after.lq_CPQ.tobytes()
         words = detail_words(after.hq_CPQ.transpose(1, 2, 0).astype(np.float32) / 255)
-        assert after.local_text in (before.local_text, f"{before.local_text} {words}")
+        assert after.local_text in (before.local_text, f"{words} {before.local_text}")
         assert after.global_text == before.global_text
         told += after.local_text != before.local_text
     assert 5 <= told <= 19

@@ -85,6 +85,8 @@ def test_set_is_applied_in_order() -> None:
         ("texture_every=-1", "texture_every"),
         ("loss.removal_part=0.0", "removal_part"),
         ("optim.ema=1.0", "optim.ema"),
+        ("optim.text=0.0", "optim.text"),
+        ("optim.text=nan", "optim.text"),
         ("loss.gan=-1.0", "loss.gan"),
         ("save_every=0", "save_every"),
     ],

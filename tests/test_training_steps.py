@@ -353,6 +353,18 @@ def test_a_learners_state_survives_a_file(tmp_path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.masters.average, two.masters.average, strict=True))
 
 
+def test_the_text_path_learns_at_its_own_rate() -> None:
+    names = ("text_encoder.w", "context_attention.b", "controlnet.w", "controlnet.b")
+    live = {n: torch.nn.Parameter(torch.ones((2, 2) if n.endswith("w") else (2,))) for n in names}
+    learner = Learner(live, replace(RECIPE.optim, ema=0.0, weight_decay=0.0, text=3.0))
+    for master in learner.masters.master:
+        master.grad = torch.ones_like(master)
+    learner.update(0.1, 0)
+    # AdamW's first step has the length of the learning rate.
+    moved = {n: round(float(1 - live[n].flatten()[0]), 4) for n in names}
+    assert moved == {"text_encoder.w": 0.3, "context_attention.b": 0.3, "controlnet.w": 0.1, "controlnet.b": 0.1}
+
+
 def test_without_an_average_the_last_weights_ship() -> None:
     live = {"x": torch.nn.Parameter(torch.ones(3))}
     learner = Learner(live, replace(RECIPE.optim, ema=0.0))

@@ -1,7 +1,9 @@
 """How much fine detail a good picture has, in words for its prompt: what its degraded copy no longer shows.
 
 The describer says nothing of it, since at inference it only has the degraded photo. In training a share of the local
-texts ends with these words (`data.detail_words`), so that people can ask for detail, or for calm, tile by tile.
+texts begins with these words (`data.detail_words`), so that people can ask for detail, or for calm, tile by tile. They
+come first because the built-in text encoder reads bytes in groups: at the start the same words are always the same
+tokens.
 
 Axes: P Q pixel rows and columns, C = 3 channels.
 """
@@ -27,3 +29,8 @@ def detail_words(rgb_PQC: np.ndarray) -> str:
     blocks = luma.reshape(rows, BLOCK, columns, BLOCK)
     fine = float(np.sqrt(np.square(blocks - blocks.mean((1, 3), keepdims=True)).mean()))
     return f"{AMOUNTS[sum(fine >= level for level in LEVELS)]} fine detail."
+
+
+def with_detail(sentence: str, rgb_PQC: np.ndarray) -> str:
+    """A prompt that begins with the picture's detail words."""
+    return f"{detail_words(rgb_PQC)} {sentence}".rstrip()

@@ -19,7 +19,7 @@ from dreamsr_cli.degradations import pixel
 from dreamsr_cli.degradations.presets import PRESETS
 from dreamsr_cli.errors import ConfigError, InputError, TrainingError
 from dreamsr_cli.models.captioner import Describer
-from dreamsr_cli.models.detail_words import detail_words
+from dreamsr_cli.models.detail_words import with_detail
 from dreamsr_cli.training.cutting import busy_corner, cut, palette
 from dreamsr_cli.training.dead_leaves import dead_leaves
 from dreamsr_cli.training.photos import PhotoSource, TrainingPhoto, describe_whole, turned
@@ -226,7 +226,7 @@ def _try(source: Source, settings: CropSettings, step: int, index: int, attempt:
         crop_PQC = np.ascontiguousarray(hq_CPQ.permute(1, 2, 0).numpy(), np.float32) / 255
         local_text = Describer().describe(crop_PQC)
         if draws.generator(settings.seed, "detail-words", step, index).random() < settings.detail_words:
-            local_text = f"{local_text} {detail_words(crop_PQC)}"
+            local_text = with_detail(local_text, crop_PQC)
     erased_CPQ = None if erased_PQC is None else np.ascontiguousarray(erased_PQC.transpose(2, 0, 1))
     return Sample(hq_CPQ.numpy(), lq_CPQ, local_text, global_text or local_text, origin, erased_CPQ)
 

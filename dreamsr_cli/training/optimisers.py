@@ -16,6 +16,9 @@ from dreamsr_cli.errors import UsageError
 from dreamsr_cli.training.distributed import fill, here, whole
 from dreamsr_cli.training.recipe import OptimRecipe, Recipe
 
+TEXT_PATH = ("text_encoder.", "context_attention.")
+"""Names of the parameters that only text goes through: they learn with `optim.text` times the learning rate."""
+
 
 class Masters:
     """Float32 copies of the trained parameters with an averaged twin (none for a `decay` of 0); the networks hold the
@@ -65,17 +68,24 @@ class Learner:
 
     def __init__(self, named: dict[str, nn.Parameter], optim: OptimRecipe) -> None:
         # Matrices first, since only they decay; the optimizer's order is the masters' order.
-        named = dict(sorted(named.items(), key=lambda item: item[1].ndim < 2))
+        named = dict(sorted(named.items(), key=lambda item: (item[1].ndim < 2, item[0].startswith(TEXT_PATH))))
         self.masters = Masters(named, optim.ema)
-        decays = [m for m in self.masters.master if m.ndim >= 2]
-        plain = [m for m in self.masters.master if m.ndim < 2]
-        groups = [{"params": decays, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = _adamw(groups, optim)
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, master in zip(named, self.masters.master, strict=True):
+            groups.setdefault((master.ndim >= 2, name.startswith(TEXT_PATH)), []).append(master)
+        self._factors = [optim.text if text else 1.0 for _, text in groups]
+        self.optimizer = _adamw(
+            [
+                {"params": masters, "weight_decay": optim.weight_decay if decays else 0.0}
+                for (decays, _), masters in groups.items()
+            ],
+            optim,
+        )
 
     def update(self, lr: float, step: int) -> None:
         """One optimizer step from the masters' gradients."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for group, factor in zip(self.optimizer.param_groups, self._factors, strict=True):
+            group["lr"] = lr * factor
         self.optimizer.step()
         self.masters.publish(step)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -80,7 +81,7 @@ class DataRecipe:
     max_bad: float = 0.1
     """Share of photos that may be unreadable before the run stops."""
     detail_words: float = 0.0
-    """Chance that a local text of the describer's ends with how much fine detail the good crop has (ours)."""
+    """Chance that a local text of the describer's begins with how much fine detail the good crop has (ours)."""
     no_text: float = 0.1
     """Chance that a sample's texts are empty, so that `--captioner none` works."""
     hold_out: int = 4
@@ -124,6 +125,8 @@ class OptimRecipe:
 
     lr: float = 5e-4
     """Peak learning rate."""
+    text: float = 1.0
+    """Learning rate of text encoder and context cross-attention, as a multiple of the others' (ours)."""
     warmup: int = 200
     """Steps of linear warm-up."""
     final: float = 0.05
@@ -320,6 +323,8 @@ def _check(recipe: Recipe, where: str) -> None:
         raise ConfigError(f"{where}: accumulate is {recipe.accumulate}", "use 1 or more passes")
     if not 0 <= recipe.texture_share <= 1:
         raise ConfigError(f"{where}: texture_share is {recipe.texture_share}", "use a share from 0 to 1")
+    if not 0 < recipe.optim.text < math.inf:
+        raise ConfigError(f"{where}: optim.text is {recipe.optim.text}", "use a positive factor, 1 for one rate")
     if not 0 <= recipe.optim.ema < 1:
         raise ConfigError(f"{where}: optim.ema is {recipe.optim.ema}", "use 0 (off) or a decay below 1")
     if min(recipe.loss.gan or 0, recipe.loss.gan_start, recipe.loss.gan_lead, recipe.explosion) < 0:
