@@ -55,10 +55,8 @@ def upscale(
     Raises `UsageError` for settings that make no sense with this bundle, `InputError`, `OutputError`, `JournalError`,
     `WeightsError`, `DeviceError`, `ProcessError`.
     """
-    order = Order(photo_path, out_path, prompts)
-    with Engine(bundle, config, output) as engine, engine.read(order, progress, crew) as job:
-        engine.compute(job, progress, crew)
-        return job.write()
+    with Engine(bundle, config, output) as engine:
+        return engine.upscale(Order(photo_path, out_path, prompts), progress, crew)
 
 
 class Engine:
@@ -105,6 +103,12 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.parts.close()
+
+    def upscale(self, order: Order, progress: Progress, crew: Crew | None = None) -> UpscaleResult:
+        """One photo, whole or not at all: see the function `upscale`."""
+        with self.read(order, progress, crew) as job:
+            self.compute(job, progress, crew)
+            return job.write()
 
     # ---------------------------------------------------------------- one photo in three turns
 

@@ -20,6 +20,7 @@ from dreamsr_cli.cli.app import run
 from dreamsr_cli.evaluation.compare import compare_runs, load_run
 from dreamsr_cli.evaluation.rows import read_rows
 from dreamsr_cli.evaluation.statistics import RESAMPLES, bootstrap_interval, paired_difference, summarise
+from dreamsr_cli.models.bundle import Bundle
 
 
 @pytest.fixture(autouse=True)
@@ -223,6 +224,23 @@ def test_killed_and_resumed_the_result_is_the_same(tiny_bundle):
     for name in "abc":
         assert Path(f"run/sr/tiny/{name}.png").read_bytes() == Path(f"whole/sr/tiny/{name}.png").read_bytes()
     assert not list(Path("run").rglob("*.dreamsr")) and not list(Path("run").rglob("*.part"))
+
+
+def test_networks_are_opened_once_for_all_photos(tiny_bundle, monkeypatch):
+    make_pairs("set", width=48)
+    opened = []
+    whole = Bundle.open_restorer
+    monkeypatch.setattr(Bundle, "open_restorer", lambda *a, **k: opened.append(1) or whole(*a, **k))
+    arguments = with_model(tiny_bundle)
+    assert run([*arguments, "-q"]) == 0 and len(opened) == 1
+    # One result that is gone opens them again; where all are there nothing is opened.
+    Path("run/sr/tiny/c.png").unlink()
+    assert run([*arguments, "-q"]) == 0
+    assert run([*arguments, "-q"]) == 0 and len(opened) == 2
+    settings = ["--scale", "2", "--model", str(tiny_bundle), "--tile", "96", "--overlap", "16", "--steps", "2"]
+    for name in "abc":
+        assert run(["upscale", f"set/lq/{name}.png", *settings, "--seed", "1", "-o", "alone.png", "--overwrite"]) == 0
+        assert Path(f"run/sr/tiny/{name}.png").read_bytes() == Path("alone.png").read_bytes()
 
 
 def test_two_processes_do_not_share_a_folder(capsys):

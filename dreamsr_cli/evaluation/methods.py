@@ -10,10 +10,11 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +35,9 @@ from dreamsr_cli.resample import resize
 from dreamsr_cli.settings import check_settings
 from dreamsr_cli.tiling import TileGrid, canvas_size, make_grid
 from dreamsr_cli.weights import file_sha256
+
+if TYPE_CHECKING:
+    from dreamsr_cli.engine import Engine
 
 BASELINES = {
     "bicubic": "antialiased cubic (MATLAB's imresize), clipped and rounded to 8 bits",
@@ -68,6 +72,10 @@ class Method(Protocol):
         """The tiles that a result of this size is made in, for the seam score; None where nobody knows."""
         ...
 
+    def opened(self, photos: int) -> AbstractContextManager[None]:
+        """Inside, `photos` results are asked for one after the other: what they share stays open meanwhile."""
+        ...
+
     def result(self, pair: Pair, folder: Path, progress: Progress) -> Made:
         """The result for `pair`, made in `folder` if it isn't there. Raises `DreamSRError`."""
         ...
@@ -88,6 +96,9 @@ class Baseline:
     def grid(self, width: int, height: int) -> TileGrid | None:
         return None
 
+    def opened(self, photos: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def result(self, pair: Pair, folder: Path, progress: Progress) -> Made:
         target = folder / f"{pair.name}.png"
         if (known := _read_record(target, pair)) is not None:
@@ -106,13 +117,15 @@ class Baseline:
         return _write_record(target, pair, time.monotonic() - began, peak.bytes)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Upscaled:
     """This program's own results."""
 
     name: str
     bundle: Bundle
     config: UpscaleConfig
+    _photos: int = field(default=1, init=False)
+    _engine: Engine | None = field(default=None, init=False)
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
@@ -127,8 +140,18 @@ class Upscaled:
         settings = check_settings(self.config, self.bundle)
         return make_grid(height, width, settings.tile, settings.overlap)
 
+    @contextmanager
+    def opened(self, photos: int) -> Generator[None]:
+        self._photos = photos
+        try:
+            yield
+        finally:
+            engine, self._photos, self._engine = self._engine, 1, None
+            if engine is not None:
+                engine.parts.close()
+
     def result(self, pair: Pair, folder: Path, progress: Progress) -> Made:
-        from dreamsr_cli.engine import upscale
+        from dreamsr_cli.engine import Engine, Order
 
         target = folder / f"{pair.name}.png"
         if (known := _read_record(target, pair)) is not None:
@@ -136,7 +159,10 @@ class Upscaled:
         resumed = journal_folder(target).exists()
         output = OutputConfig(format="png", bit_depth="8", overwrite=True)
         with measure_peak(choose_device(self.config.device)) as peak:
-            made = upscale(pair.lq, target, self.bundle, self.config, output, progress)
+            # Opened by the first photo that has no result yet: an evaluation that only scores needs no networks.
+            if self._engine is None:
+                self._engine = Engine(self.bundle, self.config, output, self._photos)
+            made = self._engine.upscale(Order(pair.lq, target), progress)
         return _write_record(target, pair, None if resumed else made.seconds, peak.bytes)
 
 
@@ -155,6 +181,9 @@ class Foreign:
 
     def grid(self, width: int, height: int) -> TileGrid | None:
         return None
+
+    def opened(self, photos: int) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def result(self, pair: Pair, folder: Path, progress: Progress) -> Made:
         found = find_result(photos_by_stem(self.folder), pair.name, self.names)

@@ -99,24 +99,32 @@ def _score_all(
         for method in job.methods:
             folder = job.out / "sr" / method.name
             folder.mkdir(parents=True, exist_ok=True)
-            for pair in job.dataset.pairs:
-                number += 1
-                before = known.get((method.name, pair.name))
-                with job.watch(f"[{number}/{total}] {method.name} {pair.name}"):
-                    try:
-                        scored = _score(job, method, pair, folder, before, progress)
-                    except UsageError:
-                        raise  # it would be wrong for every photo
-                    except Exception as error:
-                        reason = job.explain(error, f"scoring {pair.name} of {method.name}")
-                        failures.append(Failure(pair.name, method.name, reason.message))
-                        job.tell(failures[-1])
-                        continue
-                if scored != before:
-                    appender.append(scored)
-                rows.append(scored)
-                job.tell(scored)
+            with method.opened(len(job.dataset.pairs)):
+                for pair in job.dataset.pairs:
+                    number += 1
+                    before = known.get((method.name, pair.name))
+                    with job.watch(f"[{number}/{total}] {method.name} {pair.name}"):
+                        scored = _scored(job, method, pair, folder, before, progress)
+                    if isinstance(scored, Failure):
+                        failures.append(scored)
+                    else:
+                        if scored != before:
+                            appender.append(scored)
+                        rows.append(scored)
+                    job.tell(scored)
     return rows, failures
+
+
+def _scored(
+    job: EvalJob, method: Method, pair: Pair, folder: Path, before: Scored | None, progress: Progress
+) -> Scored | Failure:
+    try:
+        return _score(job, method, pair, folder, before, progress)
+    except UsageError:
+        raise  # it would be wrong for every photo
+    except Exception as error:
+        reason = job.explain(error, f"scoring {pair.name} of {method.name}")
+        return Failure(pair.name, method.name, reason.message)
 
 
 def _score(job: EvalJob, method: Method, pair: Pair, folder: Path, before: Scored | None, progress: Progress) -> Scored:
