@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,10 @@ import torch
 
 if TYPE_CHECKING:
     from dreamsr_cli.training.networks import Networks
+
+# Behind a shell's & SIGINT is ignored, also in the processes that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Libraries of networks take seconds to import: only the fixtures that need them do.
 
