@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Generator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -124,6 +124,7 @@ class Upscaled:
     name: str
     bundle: Bundle
     config: UpscaleConfig
+    _closing: ExitStack = field(default_factory=ExitStack, init=False)
     _photos: int = field(default=1, init=False)
     _engine: Engine | None = field(default=None, init=False)
 
@@ -144,11 +145,10 @@ class Upscaled:
     def opened(self, photos: int) -> Generator[None]:
         self._photos = photos
         try:
-            yield
+            with ExitStack() as self._closing:
+                yield
         finally:
-            engine, self._photos, self._engine = self._engine, 1, None
-            if engine is not None:
-                engine.parts.close()
+            self._engine = None
 
     def result(self, pair: Pair, folder: Path, progress: Progress) -> Made:
         from dreamsr_cli.engine import Engine, Order
@@ -161,7 +161,7 @@ class Upscaled:
         with measure_peak(choose_device(self.config.device)) as peak:
             # Opened by the first photo that has no result yet: an evaluation that only scores needs no networks.
             if self._engine is None:
-                self._engine = Engine(self.bundle, self.config, output, self._photos)
+                self._engine = self._closing.enter_context(Engine(self.bundle, self.config, output, self._photos))
             made = self._engine.upscale(Order(pair.lq, target), progress)
         return _write_record(target, pair, None if resumed else made.seconds, peak.bytes)
 

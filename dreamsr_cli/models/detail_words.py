@@ -32,5 +32,5 @@ def detail_words(rgb_PQC: np.ndarray) -> str:
 
 
 def with_detail(sentence: str, rgb_PQC: np.ndarray) -> str:
-    """A prompt that begins with the picture's detail words."""
+    """A prompt that begins with the detail words of a picture (P, Q, 3) in [0, 1]; ValueError as `detail_words`."""
     return f"{detail_words(rgb_PQC)} {sentence}".rstrip()

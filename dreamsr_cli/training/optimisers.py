@@ -7,6 +7,7 @@ work halves); the optimizer updates float32 masters, whose running average is wh
 from __future__ import annotations
 
 import importlib
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -67,20 +68,19 @@ class Learner:
     """The parts that learn in one kind of step: masters and an AdamW of their own."""
 
     def __init__(self, named: dict[str, nn.Parameter], optim: OptimRecipe) -> None:
-        # Matrices first, since only they decay; the optimizer's order is the masters' order.
-        named = dict(sorted(named.items(), key=lambda item: (item[1].ndim < 2, item[0].startswith(TEXT_PATH))))
+        def group(item: tuple[str, nn.Parameter]) -> tuple[bool, bool]:
+            name, parameter = item
+            return parameter.ndim < 2, name.startswith(TEXT_PATH)
+
+        # Sorted by group, since the optimizer's order is the masters' order.
+        named = dict(sorted(named.items(), key=group))
         self.masters = Masters(named, optim.ema)
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, master in zip(named, self.masters.master, strict=True):
-            groups.setdefault((master.ndim >= 2, name.startswith(TEXT_PATH)), []).append(master)
-        self._factors = [optim.text if text else 1.0 for _, text in groups]
-        self.optimizer = _adamw(
-            [
-                {"params": masters, "weight_decay": optim.weight_decay if decays else 0.0}
-                for (decays, _), masters in groups.items()
-            ],
-            optim,
-        )
+        groups, self._factors = [], []
+        for (plain, text), members in groupby(zip(named, self.masters.master, strict=True), key=group):
+            decay = 0.0 if plain else optim.weight_decay  # only matrices decay
+            groups.append({"params": [master for _, master in members], "weight_decay": decay})
+            self._factors.append(optim.text if text else 1.0)
+        self.optimizer = _adamw(groups, optim)
 
     def update(self, lr: float, step: int) -> None:
         """One optimizer step from the masters' gradients."""
