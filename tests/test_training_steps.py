@@ -1,4 +1,4 @@
-"""Inside a training run: gradients, float32 masters, schedules, validation and checkpoints on disk."""
+"""Inside a training run: gradients, draws, validation and checkpoints on disk."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_models import RECIPE, networks, pictures
+from tiny_models import RECIPE, pictures
 
 from dreamsr_cli import flow
 from dreamsr_cli.config import SamplingConfig
 from dreamsr_cli.errors import OutputError, TrainingError
 from dreamsr_cli.training import checkpoints
 from dreamsr_cli.training.networks import MODULES, Networks, build
-from dreamsr_cli.training.optimisers import Learner, Masters, learning_rate
 from dreamsr_cli.training.recipe import CropPlan
 from dreamsr_cli.training.stages import STAGES
 from dreamsr_cli.training.step_crops import blank_some, plan_of_step
@@ -247,44 +245,6 @@ def test_texture_draws_of_a_sample_do_not_depend_on_the_batch() -> None:
     assert abs(float(many.mean()) - 0.5) < 0.05
 
 
-def test_masters_keep_what_bfloat16_would_lose() -> None:
-    live = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    masters = Masters({"x": live}, decay=0.5)
-    optimizer = torch.optim.SGD(masters.master, lr=1.0)
-    for step in range(100):
-        live.grad = torch.full_like(live, 1e-4)
-        assert masters.take_gradients(1e9) == pytest.approx(3**0.5 * 1e-4, rel=0.01)
-        optimizer.step()
-        masters.publish(step)
-    assert torch.allclose(masters.master[0], torch.full((3,), 0.99), atol=1e-4)
-    assert live.dtype == torch.bfloat16 and torch.allclose(live.float(), torch.full((3,), 0.99), atol=3e-3)
-    assert live.grad is None
-    masters.average[0].fill_(2.0)
-    masters.show_average()
-    assert bool((live == 2).all())
-    masters.restore()
-    assert not bool((live == 2).any())
-
-
-def test_gradients_are_clipped_by_their_common_norm() -> None:
-    live = {name: torch.nn.Parameter(torch.zeros(4)) for name in ("a", "b", "unused")}
-    masters = Masters(live, decay=0.9)
-    live["a"].grad, live["b"].grad = torch.full((4,), 3.0), torch.full((4,), 4.0)
-    assert masters.take_gradients(1.0) == pytest.approx(10.0)
-    a, b, unused = (m.grad for m in masters.master)
-    assert unused is None and a is not None and b is not None
-    assert float((a.square().sum() + b.square().sum()).sqrt()) == pytest.approx(1, rel=1e-4)
-    assert torch.allclose(a / b, torch.full((4,), 0.75))
-
-
-def test_learning_rate_warms_up_and_decays_to_its_share() -> None:
-    recipe = replace(RECIPE, steps=100, optim=replace(RECIPE.optim, lr=1.0, warmup=10, final=0.05))
-    rates = [learning_rate(recipe, step) for step in range(101)]
-    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert rates[10] == pytest.approx(1) and rates[55] == pytest.approx(0.525) and rates[100] == pytest.approx(0.05)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
-
-
 def test_crop_sizes_and_blank_texts_come_at_the_recipes_rate() -> None:
     recipe = replace(
         RECIPE, data=replace(RECIPE.data, crops=(CropPlan(32, 2, 0.7), CropPlan(48, 1, 0.3)), no_text=0.25)
@@ -330,48 +290,6 @@ def test_a_broken_checkpoint_is_an_error_not_a_fresh_start(tmp_path, wrong) -> N
             path.rename(tmp_path / "elsewhere")
     with pytest.raises(TrainingError, match="not a readable checkpoint"):
         checkpoints.load(tmp_path)
-
-
-def test_a_learners_state_survives_a_file(tmp_path) -> None:
-    named = networks().named(("refiner",))
-
-    def learner() -> Learner:
-        return Learner({n: torch.nn.Parameter(p.detach().clone()) for n, p in named.items()}, RECIPE.optim)
-
-    one, two = learner(), learner()
-    for master in one.masters.master[:-1]:
-        master.grad = torch.randn_like(master)
-    one.update(0.1, 0)
-    for name, group in one.tensors().items():
-        save_file(group, tmp_path / f"{name}.safetensors")
-    two.restore({p.stem: load_file(p) for p in tmp_path.iterdir()})
-    assert two.masters.master[-1] not in two.optimizer.state
-    for a, b in zip(one.masters.master[:-1], two.masters.master[:-1], strict=True):
-        assert torch.equal(a, b)
-        assert one.optimizer.state[a].keys() == two.optimizer.state[b].keys() == {"step", "exp_avg", "exp_avg_sq"}
-        assert all(torch.equal(one.optimizer.state[a][k], two.optimizer.state[b][k]) for k in one.optimizer.state[a])
-    assert all(torch.equal(a, b) for a, b in zip(one.masters.average, two.masters.average, strict=True))
-
-
-def test_the_text_path_learns_at_its_own_rate() -> None:
-    names = ("text_encoder.w", "context_attention.b", "controlnet.w", "controlnet.b")
-    live = {n: torch.nn.Parameter(torch.ones((2, 2) if n.endswith("w") else (2,))) for n in names}
-    learner = Learner(live, replace(RECIPE.optim, ema=0.0, weight_decay=0.0, text=3.0))
-    for master in learner.masters.master:
-        master.grad = torch.ones_like(master)
-    learner.update(0.1, 0)
-    # AdamW's first step has the length of the learning rate.
-    moved = {n: round(float(1 - live[n].flatten()[0]), 4) for n in names}
-    assert moved == {"text_encoder.w": 0.3, "context_attention.b": 0.3, "controlnet.w": 0.1, "controlnet.b": 0.1}
-
-
-def test_without_an_average_the_last_weights_ship() -> None:
-    live = {"x": torch.nn.Parameter(torch.ones(3))}
-    learner = Learner(live, replace(RECIPE.optim, ema=0.0))
-    learner.masters.master[0].grad = torch.ones(3)
-    learner.update(0.1, 0)
-    assert "x" not in learner.tensors()["average"] and learner.masters.average == []
-    assert torch.equal(learner.masters.shipped()[0], live["x"]) and not torch.equal(live["x"], torch.ones(3))
 
 
 def test_a_checkpoint_that_finds_no_room_leaves_the_last_one(tmp_path, monkeypatch) -> None:
