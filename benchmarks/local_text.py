@@ -3,8 +3,9 @@
     python benchmarks/local_text.py PHOTOS --model mini
 
 Every photo is degraded and cut into tiles. For each tile the loss of eq. 5 is taken at several t, with the same noise,
-under three local prompts: the tile's own (described from the good crop, as in training), that of the same tile of the
-next photo, and an empty one; the global prompt stays. With --detail-words prompts also say how much fine detail the
+under three local prompts: the tile's own (described from the good crop, as in training), another tile's, and an empty
+one; the global prompt stays. The other tile is the same one of the next photo, or with --shuffle tiles one of the same
+photo, half of its tiles further: its words are wrong about the tile, but not about the photo. With --detail-words prompts also say how much fine detail the
 good tile has, as a share of the training prompts does: what its degraded copy doesn't show. Differences are paired,
 their 95 % intervals by bootstrap over photos and over tiles. Also: how large each text injection is, |M_txt(...)| /
 |f_txt| over the tokens that are text.
@@ -179,6 +180,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     losses: list[np.ndarray] = []
     for i, tiles in enumerate(photos):
         other = photos[(i + 1) % len(photos)].texts
+        if options.shuffle == "tiles":
+            half = len(tiles.texts) // 2
+            other = tiles.texts[half:] + tiles.texts[:half]
         texts = {
             "right": tiles.texts,
             "shuffled": [other[j % len(other)] for j in range(len(tiles.texts))],
@@ -232,6 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--t", type=float, nargs="+", default=[0.1, 0.3, 0.5], help="times")
     parser.add_argument("--draws", type=int, default=2, help="noise draws per tile and time")
     parser.add_argument("--detail-words", action="store_true", help="prompts that also say how much detail there is")
+    parser.add_argument("--shuffle", choices=("photos", "tiles"), default="photos", help="whose the wrong prompts are")
     parser.add_argument("--limit", type=int, default=None, help="only the first photos")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")

@@ -50,6 +50,15 @@ def test_prompts_change_the_loss_of_a_bundle_that_listens(script, photos, tiny_b
     assert found["injections"] and all(x > 1e-6 for x in found["injections"])
 
 
+def test_shuffled_within_a_photo_is_another_measurement(script, photos, tiny_bundle, capsys) -> None:
+    among, within = (
+        asked(script, capsys, str(photos), "--model", str(tiny_bundle), "--shuffle", whose, "--detail-words")
+        for whose in ("photos", "tiles")
+    )
+    assert all(among["loss"][kind] == within["loss"][kind] for kind in ("right", "none"))
+    assert among["loss"]["shuffled"] != within["loss"]["shuffled"]
+
+
 def test_a_deaf_bundle_shows_nothing(script, photos, tiny_bundle, tmp_path, capsys) -> None:
     import shutil
 

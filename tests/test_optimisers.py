@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import RECIPE, networks
 
-from dreamsr_cli.training.optimisers import Learner, Masters, learning_rate
+from dreamsr_cli.training.optimisers import HIDDEN, Learner, Masters, learning_rate
 
 
 def test_masters_keep_what_bfloat16_would_lose() -> None:
@@ -50,25 +50,65 @@ def test_learning_rate_warms_up_and_decays_to_its_share() -> None:
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
 
 
-def test_a_learners_state_survives_a_file(tmp_path) -> None:
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_learners_state_survives_a_file(tmp_path, kind) -> None:
     named = networks().named(("refiner",))
 
     def learner() -> Learner:
-        return Learner({n: torch.nn.Parameter(p.detach().clone()) for n, p in named.items()}, RECIPE.optim)
+        optim = replace(RECIPE.optim, kind=kind)
+        return Learner({n: torch.nn.Parameter(p.detach().clone()) for n, p in named.items()}, optim)
+
+    def learn(learner: Learner, step: int) -> None:
+        for index, master in enumerate(learner.masters.master[:-1]):
+            master.grad = torch.randn(master.shape, generator=torch.Generator().manual_seed(10 * step + index))
+        learner.update(0.1, step)
 
     one, two = learner(), learner()
-    for master in one.masters.master[:-1]:
-        master.grad = torch.randn_like(master)
-    one.update(0.1, 0)
+    learn(one, 0)
     for name, group in one.tensors().items():
         save_file(group, tmp_path / f"{name}.safetensors")
     two.restore({p.stem: load_file(p) for p in tmp_path.iterdir()})
-    assert two.masters.master[-1] not in two.optimizer.state
+    assert two.state(two.masters.master[-1]) == {}
+    kinds = {frozenset(two.state(master)) for master in two.masters.master[:-1]}
+    adamw = frozenset({"step", "exp_avg", "exp_avg_sq"})
+    assert kinds == ({adamw} if kind == "adamw" else {adamw, frozenset({"momentum_buffer"})})
     for a, b in zip(one.masters.master[:-1], two.masters.master[:-1], strict=True):
-        assert torch.equal(a, b)
-        assert one.optimizer.state[a].keys() == two.optimizer.state[b].keys() == {"step", "exp_avg", "exp_avg_sq"}
-        assert all(torch.equal(one.optimizer.state[a][k], two.optimizer.state[b][k]) for k in one.optimizer.state[a])
+        assert torch.equal(a, b) and all(torch.equal(one.state(a)[k], two.state(b)[k]) for k in one.state(a))
+    for both in (one, two):
+        learn(both, 1)
+    assert all(torch.equal(a, b) for a, b in zip(one.masters.master, two.masters.master, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(one.masters.average, two.masters.average, strict=True))
+
+
+def test_muon_takes_what_lies_between_hidden_layers() -> None:
+    named = networks().named(("transformer", "controlnet", "context_attention", "text_encoder", "refiner", "lora"))
+    hidden = {n for n, p in named.items() if p.ndim > 1 and HIDDEN.fullmatch(n)}
+    for name in (
+        "transformer.transformer_blocks.0.attn.to_q.base_layer.weight",
+        "transformer.single_transformer_blocks.1.proj_out.base_layer.weight",
+        "controlnet.transformer_blocks.0.ff.net.2.weight",
+        "refiner.blocks.0.1.weight",
+    ):
+        assert name in hidden
+    for word in ("lora_", ".norm", "embed", "text_encoder", "context_attention", "entry", "exit", "projections"):
+        assert any(word in n for n in named) and not any(word in n for n in hidden), word
+
+
+def test_muons_step_is_as_long_as_adamws_in_every_direction() -> None:
+    names = ("controlnet.transformer_blocks.0.ff.weight", "refiner.blocks.0.0.weight", "controlnet.x_embedder.weight")
+    live = {n: torch.nn.Parameter(torch.zeros(8, 4, 3, 3) if "refiner" in n else torch.zeros(8, 36)) for n in names}
+    learner = Learner(live, replace(RECIPE.optim, kind="muon", ema=0.0, weight_decay=0.0))
+    for master in learner.masters.master:
+        master.grad = torch.randn(master.shape, generator=torch.Generator().manual_seed(1)) * 1e-3
+    learner.update(0.1, 0)
+    for name, parameter in live.items():
+        step = parameter.detach().flatten(1)
+        spread = torch.linalg.svdvals(step)
+        if "embedder" in name:
+            assert torch.allclose(step.abs(), torch.tensor(0.1), rtol=1e-2)
+        else:
+            assert float(spread.max() / spread.min()) < 3
+            assert 0.01 < float(step.square().mean().sqrt()) < 0.1
 
 
 def test_the_text_path_learns_at_its_own_rate() -> None:

@@ -25,6 +25,7 @@ from dreamsr_cli.training.steps import (
     reconstruction_step,
     remove,
     restoration_step,
+    run_step,
     texture_velocity,
 )
 from dreamsr_cli.training.watch import SETTLED, LossWatch
@@ -194,6 +195,29 @@ def test_the_removal_part_has_a_weight_of_its_own(tiny_networks) -> None:
     ]
     removal = losses[0].terms["removal_latent"] + losses[0].terms["removal_pixel"]
     assert float((losses[1].loss - losses[0].loss).detach()) == pytest.approx(4 * float(removal), rel=1e-4)
+
+
+def test_lpips_looks_at_another_window_in_every_step(tiny_networks) -> None:
+    recipe = replace(RECIPE, loss=replace(RECIPE.loss, perceptual_shift=8))
+    hq = batch()[0] * 2 - 1
+    seen: list[tuple[int, int]] = []
+
+    def distance(x_BCPQ: torch.Tensor, target_BCPQ: torch.Tensor) -> torch.Tensor:
+        assert x_BCPQ.shape == target_BCPQ.shape == (2, 3, 24, 24)
+        windows = [(y, x) for y in range(8) for x in range(8) if torch.equal(target_BCPQ, hq[..., y:, x:][..., :24, :24])]
+        seen.extend(windows)
+        return (x_BCPQ - target_BCPQ).square().mean((1, 2, 3))
+
+    for step in (0, 1, 2, 3, 0):
+        run_step("removal", tiny_networks, recipe, distance, None, crops(step=step))
+    assert len(seen) == 5 and seen[0] == seen[4] and len(set(seen)) > 2
+    with torch.no_grad():
+        plain, moved = (run_step("removal", tiny_networks, r, distance_of_all, None, crops()) for r in (RECIPE, recipe))
+    assert torch.equal(plain.terms["removal_pixel"], moved.terms["removal_pixel"])
+
+
+def distance_of_all(x_BCPQ: torch.Tensor, target_BCPQ: torch.Tensor) -> torch.Tensor:
+    return (x_BCPQ - target_BCPQ).square().mean((1, 2, 3))
 
 
 def test_stage_autoencoder_trains_the_refiner(tiny_networks) -> None:

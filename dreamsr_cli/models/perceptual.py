@@ -206,6 +206,18 @@ class Lpips(nn.Module):
         return distance_B
 
 
+def on_window(perceptual: Perceptual, shift: int, top: int, left: int) -> Perceptual:
+    """The distance of windows of two pictures: `shift` pixels smaller than these, `top` and `left` pixels inside, both
+    at most `shift`."""
+
+    def distance(x_BCPQ: torch.Tensor, target_BCPQ: torch.Tensor) -> torch.Tensor:
+        rows, columns = (side - shift for side in x_BCPQ.shape[2:])
+        window = (..., slice(top, top + rows), slice(left, left + columns))
+        return perceptual(x_BCPQ[window], target_BCPQ[window])
+
+    return distance
+
+
 def load_perceptual(kind: str, folder: Path | None) -> Perceptual | None:
     """The distance named `kind`: a key of `BACKBONES`, or None for "none", which needs no weights.
 

@@ -1,4 +1,4 @@
-"""What turns gradients into better weights: float32 masters, AdamW, the learning rate, the average that ships.
+"""What turns gradients into better weights: float32 masters, AdamW and Muon, the learning rate, the average that ships.
 
 The forward and backward pass run on weights of the compute dtype (bfloat16 on this project's machines: elementwise
 work halves); the optimizer updates float32 masters, whose running average is what a bundle ships.
@@ -7,11 +7,13 @@ work halves); the optimizer updates float32 masters, whose running average is wh
 from __future__ import annotations
 
 import importlib
+import re
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dreamsr_cli.errors import UsageError
 from dreamsr_cli.training.distributed import fill, here, whole
@@ -19,6 +21,9 @@ from dreamsr_cli.training.recipe import OptimRecipe, Recipe
 
 TEXT_PATH = ("text_encoder.", "context_attention.")
 """Names of the parameters that only text goes through: they learn with `optim.text` times the learning rate."""
+HIDDEN = re.compile(r"((transformer|controlnet)\..*blocks\.\d+\.(?!norm)(?!.*lora_)|refiner\.blocks\.).*weight")
+"""Names of the parameters that Muon is for, where they are matrices or kernels: those between two hidden layers of a
+block. Not modulation, embeddings and LoRA (Jordan et al. 2024, "Muon: an optimizer for hidden layers")."""
 
 
 class Masters:
@@ -28,7 +33,8 @@ class Masters:
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
         self.names = list(parameters)
         self._live = list(parameters.values())
-        self.master = [nn.Parameter(p.detach().float().clone()) for p in self._live]
+        # Contiguous, also where a network's kernels are channels-last: Muon takes them as matrices.
+        self.master = [nn.Parameter(p.detach().float().clone(memory_format=torch.contiguous_format)) for p in self._live]
         self.average = [m.detach().clone() for m in self.master] if decay else []
         self.decay = decay
 
@@ -65,36 +71,64 @@ class Masters:
 
 
 class Learner:
-    """The parts that learn in one kind of step: masters and an AdamW of their own."""
+    """The parts that learn in one kind of step: masters and optimizers of their own.
+
+    AdamW, and with `optim.kind = "muon"` Muon for `HIDDEN`. `UsageError` for Muon on sharded parameters.
+    """
 
     def __init__(self, named: dict[str, nn.Parameter], optim: OptimRecipe) -> None:
-        def group(item: tuple[str, nn.Parameter]) -> tuple[bool, bool]:
+        def group(item: tuple[str, nn.Parameter]) -> tuple[bool, bool, bool]:
             name, parameter = item
-            return parameter.ndim < 2, name.startswith(TEXT_PATH)
+            hidden = optim.kind == "muon" and parameter.ndim > 1 and HIDDEN.fullmatch(name) is not None
+            return hidden, parameter.ndim < 2, name.startswith(TEXT_PATH)
 
         # Sorted by group, since the optimizer's order is the masters' order.
         named = dict(sorted(named.items(), key=group))
         self.masters = Masters(named, optim.ema)
-        groups, self._factors = [], []
-        for (plain, text), members in groupby(zip(named, self.masters.master, strict=True), key=group):
-            decay = 0.0 if plain else optim.weight_decay  # only matrices decay
-            groups.append({"params": [master for _, master in members], "weight_decay": decay})
-            self._factors.append(optim.text if text else 1.0)
-        self.optimizer = _adamw(groups, optim)
+        self._flat: dict[nn.Parameter, nn.Parameter] = {}
+        adamw, muon = [], []
+        for (hidden, plain, text), members in groupby(zip(named, self.masters.master, strict=True), key=group):
+            (muon if hidden else adamw).append(
+                {
+                    "params": [self._matrix(master) if hidden else master for _, master in members],
+                    "weight_decay": 0.0 if plain else optim.weight_decay,  # only matrices decay
+                    "factor": optim.text if text else 1.0,
+                }
+            )
+        self.optimizers = [_adamw(adamw, optim)] if adamw else []
+        if muon:
+            # Updates as long as AdamW's, so that one learning rate fits both (Liu et al. 2025).
+            self.optimizers.append(torch.optim.Muon(muon, lr=optim.lr, adjust_lr_fn="match_rms_adamw"))
+
+    def _matrix(self, master: nn.Parameter) -> nn.Parameter:
+        """The master as Muon takes it: a kernel's memory as a matrix, a row for each output."""
+        if isinstance(master, DTensor):
+            raise UsageError("Muon doesn't know sharded weights", "--set optim.kind=adamw")
+        if master.ndim > 2:
+            self._flat[master] = nn.Parameter(master.detach().view(len(master), -1))
+        return self._flat.get(master, master)
 
     def update(self, lr: float, step: int) -> None:
         """One optimizer step from the masters' gradients."""
-        for group, factor in zip(self.optimizer.param_groups, self._factors, strict=True):
-            group["lr"] = lr * factor
-        self.optimizer.step()
+        for master, flat in self._flat.items():
+            flat.grad = None if master.grad is None else master.grad.flatten(1)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["factor"]
+            optimizer.step()
         self.masters.publish(step)
+
+    def state(self, master: nn.Parameter) -> dict[str, Any]:
+        """The optimizer's moments of a master, {} before its first step."""
+        known = self._flat.get(master, master)
+        return next((o.state[known] for o in self.optimizers if known in o.state), {})
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """For a checkpoint, whole: weights, their averages, and the optimizer's moments, by full name."""
         masters = self.masters
         moments: dict[str, Tensor] = {}
         for name, parameter in zip(masters.names, masters.master, strict=True):
-            for key, value in self.optimizer.state.get(parameter, {}).items():
+            for key, value in self.state(parameter).items():
                 moments[f"{name}|{key}"] = whole(value) if isinstance(value, Tensor) else torch.tensor(float(value))
         return {
             "weights": {n: whole(m) for n, m in zip(masters.names, masters.master, strict=True)},
@@ -111,10 +145,12 @@ class Learner:
                 fill(masters.average[index], saved["average"][name])
         masters.restore()
         by_name = dict(zip(masters.names, masters.master, strict=True))
+        owners = {p: o for o in self.optimizers for g in o.param_groups for p in g["params"]}
         for key, value in saved["optimizer"].items():
             name, moment = key.split("|")
             if name in by_name:
-                self.optimizer.state[by_name[name]][moment] = _like_moment(value, moment, by_name[name], self.optimizer)
+                known = self._flat.get(by_name[name], by_name[name])
+                owners[known].state[known][moment] = _like_moment(value, moment, known, owners[known])
 
 
 def _like_moment(value: Tensor, moment: str, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Any:

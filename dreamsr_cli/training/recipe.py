@@ -102,6 +102,9 @@ class LossRecipe:
     """lambda_1 of eq. 7, on LPIPS."""
     texture_perceptual: float = 2.0
     """lambda of eq. 6, on LPIPS."""
+    perceptual_shift: int = 0
+    """LPIPS looks at a window this many pixels smaller than the crop, at another place in every step (ours): with 16,
+    the networks can't learn patterns that fit the strides of its layers (docs/method.md)."""
     removal_part: float = 1.0
     """Weight of the removal part beside the texture part, stage backbone (ours): LPIPS has by far the larger gradient,
     and what both parts share would learn from it alone."""
@@ -121,8 +124,10 @@ class LossRecipe:
 
 @dataclass(frozen=True)
 class OptimRecipe:
-    """The optimizer: AdamW with linear warm-up and cosine decay."""
+    """The optimizer, with linear warm-up and cosine decay."""
 
+    kind: str = "adamw"
+    """"adamw" (the paper's), or "muon": Muon for the matrices inside the blocks, AdamW for everything else."""
     lr: float = 5e-4
     """Peak learning rate."""
     text: float = 1.0
@@ -312,9 +317,15 @@ def _check(recipe: Recipe, where: str) -> None:
         ("condition", recipe.condition, CONDITIONS),
         ("ablation", recipe.ablation, tuple(ABLATIONS)),
         ("loss.pixel_kind", recipe.loss.pixel_kind, ("mse", "charbonnier")),
+        ("optim.kind", recipe.optim.kind, ("adamw", "muon")),
     ):
         if value not in known:
             raise ConfigError(f"{where}: {name} {value!r} is not known", f"use one of {', '.join(known)}")
+    smallest = min(c.size for c in recipe.data.crops)
+    if not 0 <= recipe.loss.perceptual_shift <= smallest // 2:
+        raise ConfigError(
+            f"{where}: loss.perceptual_shift is {recipe.loss.perceptual_shift}", f"use 0 to {smallest // 2} pixels"
+        )
     if recipe.texture_every < 0:
         raise ConfigError(f"{where}: texture_every is {recipe.texture_every}", "use 0 (never) or more steps")
     if recipe.loss.removal_part <= 0:

@@ -20,7 +20,7 @@ from dreamsr_cli.draws import generator
 from dreamsr_cli.errors import TrainingError
 from dreamsr_cli.losses import hinge_generator, pixel_loss, removal_loss, velocity_loss
 from dreamsr_cli.models.conditioned_dit import Injections
-from dreamsr_cli.models.perceptual import Perceptual
+from dreamsr_cli.models.perceptual import Perceptual, on_window
 from dreamsr_cli.models.text_encoder import ByteTextEncoder, TextEmbedding, stack
 from dreamsr_cli.training.networks import Networks
 from dreamsr_cli.training.recipe import PAPERS_GAN, Recipe
@@ -138,6 +138,10 @@ def run_step(
     kind: str, networks: Networks, recipe: Recipe, perceptual: Perceptual | None, critic: Critic | None, crops: Crops
 ) -> Outcome:
     """The step called `kind` in `Stage.learners`."""
+    shift = recipe.loss.perceptual_shift
+    if perceptual is not None and shift:
+        top, left = generator(recipe.seed, "perceptual-window", crops.step).integers(shift, size=2).tolist()
+        perceptual = on_window(perceptual, shift, top, left)
     match kind:
         case "reconstruct":
             return Outcome(*reconstruction_step(networks, crops.hq))
