@@ -10,11 +10,16 @@ Axes: B batch, C channels, H W latent rows and columns, P Q pixel rows and colum
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from dreamsr_cli.models.perceptual import Perceptual
 
 CHARBONNIER_EPSILON = 1e-3
 """Rounds the corner of |x| at zero."""
+LATTICE = 16
+"""Pixels of a token's side: the networks' own grid, which the refiner's of 4 and the transform's of 8 divide."""
+LATTICE_EPSILON = 1e-4
+"""Rounds the corner of the lattice's root at zero."""
 
 
 def velocity_loss(
@@ -64,6 +69,21 @@ def pixel_loss(
     if perceptual is not None and weight:
         loss = loss + weight * perceptual(decoded_BCPQ, target_BCPQ).mean()
     return loss
+
+
+def lattice_strength(decoded_BCPQ: torch.Tensor, period: int = LATTICE) -> torch.Tensor:
+    """How strong a pattern repeats every `period` pixels in all pictures of a batch (ours): the root mean square, over
+    the places of a cell of `period` x `period` pixels and over channels, of what these places have on average beyond
+    their surroundings of 5 x 5 pixels; a scalar. Both sides are multiples of `period`.
+
+    The texture of photos averages out over cells and samples; a weave that the networks lay over everything, because
+    it pleases LPIPS, doesn't.
+    """
+    surroundings = F.avg_pool2d(decoded_BCPQ, 5, stride=1, padding=2, count_include_pad=False)
+    fine_CPQ = (decoded_BCPQ - surroundings).mean(0)
+    rows, columns = (side // period for side in fine_CPQ.shape[1:])
+    cell_Cpq = fine_CPQ.unflatten(2, (columns, period)).unflatten(1, (rows, period)).mean((1, 3))
+    return (cell_Cpq.square().mean() + LATTICE_EPSILON**2).sqrt()
 
 
 def removal_loss(

@@ -92,3 +92,23 @@ def test_eq_5_points_the_way_that_sampling_goes() -> None:
     away = flow.euler(flow.mix(z0, z1, t), lambda z, _: -v, flow.timesteps(t, 16))
     assert (away - z0).abs().max() > 1
     assert (flow.predict_clean(flow.mix(z0, z1, t), v, t) - z0).abs().max() < 1e-4  # eq. 6's prediction too
+
+
+def test_a_pattern_that_repeats_is_told_from_texture_and_from_shading() -> None:
+    texture = torch.randn(4, 3, 128, 128, generator=torch.Generator().manual_seed(0)) * 0.1
+    weave = torch.zeros(4, 3, 128, 128)
+    weave[..., ::4, :] = 0.01
+    shading = torch.linspace(-1, 1, 128).expand(4, 3, 128, 128)
+    assert float(losses.lattice_strength(shading)) < 2e-3  # its surroundings are cut off at the border
+    assert float(losses.lattice_strength(texture)) < 0.1 / 16 * 1.5  # the mean of 256 draws
+    # A line in every fourth row; the five rows around a row hold one line or two.
+    by_hand = math.sqrt(sum(x * x for x in (0.01 - 0.002, -0.002, -0.004, -0.002)) / 4)
+    assert losses.lattice_strength(weave).item() == pytest.approx(by_hand, rel=0.05)
+    both = losses.lattice_strength(texture + weave).item()
+    assert both > 0.9 * by_hand
+    weave.requires_grad_(True)
+    losses.lattice_strength(weave).backward()
+    assert weave.grad is not None and bool(torch.isfinite(weave.grad).all()) and float(weave.grad[..., ::4, :].mean()) > 0
+    flat = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    losses.lattice_strength(flat).backward()
+    assert flat.grad is not None and float(flat.grad.abs().max()) == 0

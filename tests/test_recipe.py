@@ -88,6 +88,7 @@ def test_set_is_applied_in_order() -> None:
         ("optim.text=0.0", "optim.text"),
         ("optim.text=nan", "optim.text"),
         ("optim.kind=sgd", "optim.kind 'sgd' is not known"),
+        ("loss.lattice=-1.0", "loss.lattice"),
         ("loss.perceptual_shift=-1", "perceptual_shift"),
         ("loss.perceptual_shift=129", "perceptual_shift is 129"),
         ("loss.gan=-1.0", "loss.gan"),

@@ -197,6 +197,16 @@ def test_the_removal_part_has_a_weight_of_its_own(tiny_networks) -> None:
     assert float((losses[1].loss - losses[0].loss).detach()) == pytest.approx(4 * float(removal), rel=1e-4)
 
 
+def test_a_weave_costs_in_both_parts(tiny_networks) -> None:
+    plain, dear = (
+        restoration_step(tiny_networks, replace(RECIPE, loss=replace(RECIPE.loss, lattice=w)), None, None, crops())
+        for w in (0.0, 2.0)
+    )
+    lattices = dear.terms["removal_lattice"] + dear.terms["texture_lattice"]
+    assert "removal_lattice" not in plain.terms and "texture_lattice" not in plain.terms and float(lattices) > 0
+    assert float((dear.loss - plain.loss).detach()) == pytest.approx(2 * float(lattices), rel=1e-3)
+
+
 def test_lpips_looks_at_another_window_in_every_step(tiny_networks) -> None:
     recipe = replace(RECIPE, loss=replace(RECIPE.loss, perceptual_shift=8))
     hq = batch()[0] * 2 - 1

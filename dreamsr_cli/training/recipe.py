@@ -105,6 +105,8 @@ class LossRecipe:
     perceptual_shift: int = 0
     """LPIPS looks at a window this many pixels smaller than the crop, at another place in every step (ours): with 16,
     the networks can't learn patterns that fit the strides of its layers (docs/method.md)."""
+    lattice: float = 0.0
+    """Weight of `losses.lattice_strength` beside each pixel distance (ours): against a weave at the networks' grid."""
     removal_part: float = 1.0
     """Weight of the removal part beside the texture part, stage backbone (ours): LPIPS has by far the larger gradient,
     and what both parts share would learn from it alone."""
@@ -328,6 +330,8 @@ def _check(recipe: Recipe, where: str) -> None:
         )
     if recipe.texture_every < 0:
         raise ConfigError(f"{where}: texture_every is {recipe.texture_every}", "use 0 (never) or more steps")
+    if recipe.loss.lattice < 0:
+        raise ConfigError(f"{where}: loss.lattice is {recipe.loss.lattice}", "use 0 for none")
     if recipe.loss.removal_part <= 0:
         raise ConfigError(f"{where}: loss.removal_part is {recipe.loss.removal_part}", "use a weight above 0")
     if recipe.accumulate < 1:

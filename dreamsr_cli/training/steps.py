@@ -18,7 +18,7 @@ from dreamsr_cli import flow
 from dreamsr_cli.config import SamplingConfig
 from dreamsr_cli.draws import generator
 from dreamsr_cli.errors import TrainingError
-from dreamsr_cli.losses import hinge_generator, pixel_loss, removal_loss, velocity_loss
+from dreamsr_cli.losses import hinge_generator, lattice_strength, pixel_loss, removal_loss, velocity_loss
 from dreamsr_cli.models.conditioned_dit import Injections
 from dreamsr_cli.models.perceptual import Perceptual, on_window
 from dreamsr_cli.models.text_encoder import ByteTextEncoder, TextEmbedding, stack
@@ -256,6 +256,9 @@ def _removal(
         gan_weight=PAPERS_GAN if weights.gan is None else weights.gan,
         kind=weights.pixel_kind,
     )
+    if weights.lattice:
+        lattice = lattice_strength(decoded)
+        loss, terms["removal_lattice"] = loss + weights.lattice * lattice, lattice.detach()
     return Outcome(loss, terms, decoded.detach(), target)
 
 
@@ -284,6 +287,8 @@ def _texture(
     terms = {name: loss.clone() for name in ("texture_velocity", "texture_latent", "texture_pixel")}
     if not recipe.renoised_share:
         del terms["texture_latent"]
+    if weights.lattice:
+        terms["texture_lattice"] = loss.clone()
     # The path of a renoised sample doesn't start at z_0, so it has no eq. 5: the latent's distance of eq. 7 instead.
     flowing, renoised, near = (mask.nonzero()[:, 0] for mask in (~again, again, again | (t <= PIXEL_T)))
     if len(flowing):
@@ -297,6 +302,9 @@ def _texture(
         pixel = pixel_loss(decoded, target[near], perceptual, weights.texture_perceptual, weights.pixel_kind)
         pixel = pixel * (len(near) / len(t))
         loss, terms["texture_pixel"] = loss + pixel, pixel.detach()
+        if weights.lattice:
+            lattice = lattice_strength(decoded) * (len(near) / len(t))
+            loss, terms["texture_lattice"] = loss + weights.lattice * lattice, lattice.detach()
         fake, real = decoded.detach(), target[near]
         if critic is not None:
             made = hinge_generator(critic(decoded)) * (len(near) / len(t))
