@@ -108,7 +108,9 @@ def test_a_pattern_that_repeats_is_told_from_texture_and_from_shading() -> None:
     assert both > 0.9 * by_hand
     weave.requires_grad_(True)
     losses.lattice_strength(weave).backward()
-    assert weave.grad is not None and bool(torch.isfinite(weave.grad).all()) and float(weave.grad[..., ::4, :].mean()) > 0
+    assert (
+        weave.grad is not None and bool(torch.isfinite(weave.grad).all()) and float(weave.grad[..., ::4, :].mean()) > 0
+    )
     flat = torch.zeros(1, 3, 32, 32, requires_grad=True)
     losses.lattice_strength(flat).backward()
     assert flat.grad is not None and float(flat.grad.abs().max()) == 0

@@ -8,7 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import RECIPE, networks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
+from dreamsr_cli.errors import UsageError
 from dreamsr_cli.training.optimisers import HIDDEN, Learner, Masters, learning_rate
 
 
@@ -92,6 +95,17 @@ def test_muon_takes_what_lies_between_hidden_layers() -> None:
         assert name in hidden
     for word in ("lora_", ".norm", "embed", "text_encoder", "context_attention", "entry", "exit", "projections"):
         assert any(word in n for n in named) and not any(word in n for n in hidden), word
+
+
+def test_muon_refuses_sharded_weights() -> None:
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        whole = torch.nn.Parameter(torch.zeros(8, 4))
+        sharded = torch.nn.Parameter(distribute_tensor(whole, init_device_mesh("cpu", (1,))))
+        with pytest.raises(UsageError, match="sharded"):
+            Learner({"controlnet.transformer_blocks.0.ff.weight": sharded}, replace(RECIPE.optim, kind="muon"))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_muons_step_is_as_long_as_adamws_in_every_direction() -> None:

@@ -214,7 +214,9 @@ def test_lpips_looks_at_another_window_in_every_step(tiny_networks) -> None:
 
     def distance(x_BCPQ: torch.Tensor, target_BCPQ: torch.Tensor) -> torch.Tensor:
         assert x_BCPQ.shape == target_BCPQ.shape == (2, 3, 24, 24)
-        windows = [(y, x) for y in range(8) for x in range(8) if torch.equal(target_BCPQ, hq[..., y:, x:][..., :24, :24])]
+        windows = [
+            (y, x) for y in range(8) for x in range(8) if torch.equal(target_BCPQ, hq[..., y:, x:][..., :24, :24])
+        ]
         seen.extend(windows)
         return (x_BCPQ - target_BCPQ).square().mean((1, 2, 3))
 

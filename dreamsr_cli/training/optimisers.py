@@ -34,7 +34,9 @@ class Masters:
         self.names = list(parameters)
         self._live = list(parameters.values())
         # Contiguous, also where a network's kernels are channels-last: Muon takes them as matrices.
-        self.master = [nn.Parameter(p.detach().float().clone(memory_format=torch.contiguous_format)) for p in self._live]
+        self.master = [
+            nn.Parameter(p.detach().float().clone(memory_format=torch.contiguous_format)) for p in self._live
+        ]
         self.average = [m.detach().clone() for m in self.master] if decay else []
         self.decay = decay
 
