@@ -5,10 +5,10 @@
 Every photo is degraded and cut into tiles. For each tile the loss of eq. 5 is taken at several t, with the same noise,
 under three local prompts: the tile's own (described from the good crop, as in training), another tile's, and an empty
 one; the global prompt stays. The other tile is the same one of the next photo, or with --shuffle tiles one of the same
-photo, half of its tiles further: its words are wrong about the tile, but not about the photo. With --detail-words prompts also say how much fine detail the
-good tile has, as a share of the training prompts does: what its degraded copy doesn't show. Differences are paired,
-their 95 % intervals by bootstrap over photos and over tiles. Also: how large each text injection is, |M_txt(...)| /
-|f_txt| over the tokens that are text.
+photo, half of its tiles further: its words are wrong about the tile, but not about the photo. With --detail-words
+prompts also say how much fine detail the good tile has, as a share of the training prompts does: what its degraded copy
+doesn't show. Differences are paired, their 95 % intervals by bootstrap over photos and over tiles. Also: how large each
+text injection is, |M_txt(...)| / |f_txt| over the tokens that are text.
 
 Axes: B batch, C channels, H W latent, P Q pixels, T tokens, D width.
 """
