@@ -3,10 +3,10 @@
     python benchmarks/built_in.py -o OUT --good KODAK --pairs REALSR --photos REAL_LQ --perceptual-weights WEIGHTS
 
 Good photos are degraded by presets seesr-mild and realesrgan, once for each seed, and by bicubic once; pairs and photos
-without a reference are taken as they are. Each set is enlarged by default and with --strength 0. A row for each metric:
-the model's mean, both baselines' means, and the paired differences with their 95 % bootstrap intervals over photos (a
-photo degraded with several seeds counts as often). OUT keeps pairs, results and reports; the same command goes on where
-it was stopped.
+without a reference are taken as they are. The reference is the photo itself, not sharpened, whatever the preset says.
+Each set is enlarged by default and with --strength 0. A row for each metric: the model's mean, both baselines' means,
+and the paired differences with their 95 % bootstrap intervals over photos (a photo degraded with several seeds counts
+as often). OUT keeps pairs, results and reports; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def degraded(good: Path, preset: str, seeds: int, out: Path) -> Path:
     together = out / "sets" / preset
     for seed in range(1 if preset == "bicubic" else seeds):
         pairs = out / "pairs" / f"{preset}-{seed}"
-        dreamsr("degrade", str(good), "-o", str(pairs), "--preset", preset, "--seed", str(seed), "--size", "0", "-q")
+        words = ["--preset", preset, "--seed", str(seed), "--size", "0", "--usm", "off", "-q"]
+        dreamsr("degrade", str(good), "-o", str(pairs), *words)
         for half in ("lq", "hq"):
             (together / half).mkdir(parents=True, exist_ok=True)
             for picture in sorted((pairs / half).iterdir()):
