@@ -65,7 +65,8 @@ def run_in_order(
     waiting: deque[Future[Result]] = deque()
     try:
         with _ctrl_c_for_the_parent():
-            pool.submit(_ready)
+            for _ in range(workers):  # the pool starts a process for each, as none is idle yet
+                pool.submit(_ready)
         for task in tasks:
             waiting.append(pool.submit(_run, task))
             if len(waiting) >= workers * AHEAD:

@@ -164,7 +164,8 @@ def test_a_grown_refiner_starts_as_the_one_it_grew_from_and_can_learn_with_all_i
     old = awake(width=8, blocks=1)
     grown = old.with_refiner(width, blocks)
     z = old.encode(pictures(1, 32, 48))
-    assert torch.allclose(grown.decode(z), old.decode(z), atol=1e-6)
+    # Wider kernels are added up in another order.
+    assert torch.allclose(grown.decode(z), old.decode(z), atol=1e-5)
     assert (grown.config["refiner_width"], grown.config["refiner_blocks"]) == (width, blocks)
     assert grown.refiner.reach == 4 * (2 + 2 * blocks)
     optimizer = torch.optim.SGD(grown.refiner.parameters(), lr=1e-2)

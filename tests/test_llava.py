@@ -195,7 +195,9 @@ def test_quantization_is_checked() -> None:
 
 @pytest.mark.parametrize(("bits", "kind"), [("int8", "Linear8bitLt"), ("nf4", "Linear4bit")])
 def test_quantized_language_models_speak(folder: Path, bits: str, kind: str) -> None:
-    pytest.importorskip("bitsandbytes")
+    functional = pytest.importorskip("bitsandbytes").functional
+    if bits == "nf4" and functional.has_avx512bf16():
+        pytest.skip("bitsandbytes 0.50 can't repack matrices narrower than a block of 64 on CPUs with AVX512-BF16")
     opened = open_llava(folder, CPU, bits)
     small = [name for name, part in opened.model.named_modules() if type(part).__name__ == kind]
     assert small and all("language_model" in name for name in small)
