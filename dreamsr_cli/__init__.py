@@ -4,5 +4,5 @@ import logging
 
 __version__ = "0.1.0"
 
-# On CPUs with AVX512-BF16 bitsandbytes, which peft opens where it is installed, warns about a package that nobody needs.
+# On CPUs with AVX512-BF16 bitsandbytes, which peft opens where it is installed, warns about a package nobody needs.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
