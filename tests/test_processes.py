@@ -249,7 +249,17 @@ def test_strips_are_decoded_by_all(launcher, request, kind, fix) -> None:
 
 def test_captions_are_asked_of_all(launcher, tmp_path) -> None:
     llava = tiny_llava.save_llava(tmp_path / "llava")
-    words = ["caption", "tall.png", "--captioner", str(llava), "--batch", "2", "--no-share", "--tile", "128"]
+    words = [
+        "caption",
+        "tall.png",
+        "--captioner",
+        str(llava),
+        "--batch",
+        "2",
+        "--no-share",
+        "--tile",
+        "64",
+    ]  # enough that both come in
     runs = [launcher.start([*words, "--overlap", "16", "-o", f"texts{n}.json"], n) for n in (1, 2)]
     assert [run.join() for run in runs] == [[0], [0, 0]], runs[1].text(0, "err")
     one, two = ((launcher.folder / f"texts{n}.json").read_bytes() for n in (1, 2))
