@@ -116,8 +116,11 @@ class DecodedCanvas:
         device: torch.device,
         progress: Progress,
         shared: SharedWork | None = None,
+        restored: bool = False,
     ) -> None:
-        """With `shared`, other processes decode strips as well, ahead of the rows asked for."""
+        """`restored`: z is stage 1's result. With `shared`, other processes decode strips as well, ahead of the rows
+        asked for."""
+        self._restored = restored
         self._shared, self._round, self._next = shared, 0, -1
         self._z, self._width, self._device = z, width, device
         self._autoencoder, self._progress = autoencoder, progress
@@ -169,7 +172,7 @@ class DecodedCanvas:
         return np.ascontiguousarray(self._z.rows(first // STRIDE, last // STRIDE))
 
     def _decode(self, strip: int) -> np.ndarray:
-        return decode_strip(self._autoencoder, self._latent(strip), self._width, self._device)
+        return decode_strip(self._autoencoder, self._latent(strip), self._width, self._device, self._restored)
 
     def _from_anybody(self, shared: SharedWork, strip: int) -> np.ndarray:
         if strip != self._next:  # the first one, or AdaIN's second time through
@@ -184,7 +187,10 @@ class DecodedCanvas:
 
 
 @torch.inference_mode()
-def decode_strip(autoencoder: Autoencoder, z_CHW: np.ndarray, width: int, device: torch.device) -> np.ndarray:
-    """Pixels of a strip's latent, float32 (rows, width, 3), about [0, 1]; `width` cuts the padding off."""
-    rgb_CPQ = autoencoder.decode(torch.from_numpy(z_CHW)[None].to(device))[0].cpu().numpy()
+def decode_strip(
+    autoencoder: Autoencoder, z_CHW: np.ndarray, width: int, device: torch.device, restored: bool = False
+) -> np.ndarray:
+    """Pixels of a strip's latent, float32 (rows, width, 3), about [0, 1]; `width` cuts the padding off, `restored` says
+    that the latent is stage 1's result."""
+    rgb_CPQ = autoencoder.decode(torch.from_numpy(z_CHW)[None].to(device), restored)[0].cpu().numpy()
     return np.ascontiguousarray(rgb_CPQ.transpose(1, 2, 0)[:, :width]) * 0.5 + 0.5

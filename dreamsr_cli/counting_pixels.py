@@ -89,7 +89,7 @@ class AutoencoderSizes:
         """All weights; norms are left out."""
         if self.exact:
             block = 3 * STRIDE**2
-            return block * (1 + self.channels) + self.channels + self._refiner_weights()
+            return block * (1 + self.channels) + self.channels + self._refiner_weights() + self._second_manner()
         whole = [*_encoder(self.config, STRIDE, STRIDE), *_decoder(self.config, STRIDE, STRIDE)]
         return sum(layer.parameters for layer in whole)
 
@@ -101,6 +101,13 @@ class AutoencoderSizes:
         pixels = rows * max(last - first for *_, first, last in column_spans(columns))
         wide = max(int(c) for c in self.config["block_out_channels"][:2])
         return pixels * wide * itemsize * 4
+
+    def _second_manner(self) -> int:
+        """Parameters of the refiner's manner for stage 1's results."""
+        if not self.config.get("refiner_restored"):
+            return 0
+        width, blocks, folded = int(self.config["refiner_width"]), int(self.config["refiner_blocks"]), 3 * FOLD**2
+        return 2 * (1 + 2 * blocks) * width + 9 * folded * width
 
     def _refiner_weights(self) -> int:
         width, blocks, folded = int(self.config["refiner_width"]), int(self.config["refiner_blocks"]), 3 * FOLD**2

@@ -71,19 +71,26 @@ def pixel_loss(
     return loss
 
 
-def lattice_strength(decoded_BCPQ: torch.Tensor, period: int = LATTICE) -> torch.Tensor:
-    """How strong a pattern repeats every `period` pixels in all pictures of a batch (ours): the root mean square, over
-    the places of a cell of `period` x `period` pixels and over channels, of what these places have on average beyond
-    their surroundings of 5 x 5 pixels; a scalar. Both sides are multiples of `period`.
+def lattice_strength(error_BCPQ: torch.Tensor, period: int = LATTICE) -> torch.Tensor:
+    """How strong a pattern repeats every `period` pixels in the errors of a batch of pictures (ours): a scalar, the sum
+    of two root mean squares over the places of a cell of `period` x `period` pixels and over channels. The first is of
+    what these places have on average beyond their surroundings of 5 x 5 pixels (a fine weave), the second of what they
+    have beyond the cell's mean (a mosaic of cells). Both sides are multiples of `period`.
 
-    The texture of photos averages out over cells and samples; a weave that the networks lay over everything, because
+    The texture of photos averages out over cells and samples; a pattern that the networks lay over everything, because
     it pleases LPIPS, doesn't.
     """
-    surroundings = F.avg_pool2d(decoded_BCPQ, 5, stride=1, padding=2, count_include_pad=False)
-    fine_CPQ = (decoded_BCPQ - surroundings).mean(0)
-    rows, columns = (side // period for side in fine_CPQ.shape[1:])
-    cell_Cpq = fine_CPQ.unflatten(2, (columns, period)).unflatten(1, (rows, period)).mean((1, 3))
-    return (cell_Cpq.square().mean() + LATTICE_EPSILON**2).sqrt()
+    surroundings = F.avg_pool2d(error_BCPQ, 5, stride=1, padding=2, count_include_pad=False)
+    fine_Cpq = _mean_cell(error_BCPQ - surroundings, period)
+    coarse_Cpq = _mean_cell(error_BCPQ, period)
+    coarse_Cpq = coarse_Cpq - coarse_Cpq.mean((1, 2), keepdim=True)
+    fine, coarse = ((cell.square().mean() + LATTICE_EPSILON**2).sqrt() for cell in (fine_Cpq, coarse_Cpq))
+    return fine + coarse
+
+
+def _mean_cell(x_BCPQ: torch.Tensor, period: int) -> torch.Tensor:
+    rows, columns = (side // period for side in x_BCPQ.shape[2:])
+    return x_BCPQ.mean(0).unflatten(2, (columns, period)).unflatten(1, (rows, period)).mean((1, 3))
 
 
 def removal_loss(

@@ -141,6 +141,8 @@ class DecodeSetup:
     device: str
     precision: str
     width: int
+    restored: bool
+    """Whether the latent is stage 1's result."""
 
     def open(self, progress: Progress) -> Service:
         """Load the decoder."""
@@ -148,6 +150,6 @@ class DecodeSetup:
         autoencoder = self.bundle.open().open_autoencoder(device, PRECISIONS[self.precision])
 
         def decode(z_CHW: np.ndarray) -> np.ndarray:
-            return decode_strip(autoencoder, z_CHW, self.width, torch.device(device))
+            return decode_strip(autoencoder, z_CHW, self.width, torch.device(device), self.restored)
 
         return decode

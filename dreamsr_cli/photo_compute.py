@@ -155,9 +155,10 @@ def write_pixels(job: PhotoJob, parts: OpenParts, z_0: RowFile, progress: Progre
             journal.set_progress(PIXELS, top)
             journal.sync_sometimes(writer)
 
-    decoders = DecodeSetup(BundleId.of(job.bundle), settings.device, settings.precision, width)
+    restored = settings.strength == 0
+    decoders = DecodeSetup(BundleId.of(job.bundle), settings.device, settings.precision, width, restored)
     with _shared(crew, decoders, progress, STRIPS_WAITING) as shared:
-        decoded = DecodedCanvas(z_0, width, parts.autoencoder(), parts.device, progress, shared)
+        decoded = DecodedCanvas(z_0, width, parts.autoencoder(), parts.device, progress, shared, restored)
         wanted = reads(settings.color_fix, height, STRIP, start)
         beside(((rows, decoded.read_rows(*rows)) for rows in wanted), fix)
 

@@ -177,6 +177,63 @@ def test_a_grown_refiner_starts_as_the_one_it_grew_from_and_can_learn_with_all_i
     assert all(p.grad is not None for p in grown.refiner.parameters())
 
 
+def with_two_manners(width: int = 8, blocks: int = 2) -> PatchAutoencoder:
+    """`awake`, with a second manner that differs in all it has."""
+    made = awake(width=width, blocks=blocks).with_refiner(width, blocks, restored=True)
+    manner = made.refiner.restored
+    assert manner is not None and made.config["refiner_restored"]
+    with torch.no_grad():
+        for parameter in manner.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+    return made
+
+
+def test_the_second_manner_starts_as_the_first_and_learns_beside_it() -> None:
+    old = awake()
+    made = old.with_refiner(8, 1, restored=True)
+    z = old.encode(pictures(1, 32, 48))
+    assert torch.equal(old.decode(z), old.decode(z, restored=True)), "without one there is no difference"
+    for restored in (False, True):
+        assert torch.allclose(made.decode(z, restored), old.decode(z), atol=1e-6)
+    made.decode(z, restored=True).square().mean().backward()
+    grads = {name: p.grad for name, p in made.refiner.named_parameters()}
+    reached = {name for name, grad in grads.items() if grad is not None and bool(grad.any())}
+    assert reached == grads.keys() - {"exit.weight", "exit.bias"}
+
+
+def test_the_second_manner_is_a_gain_and_a_shift_after_each_convolution() -> None:
+    made = with_two_manners()
+    refiner, manner = made.refiner, made.refiner.restored
+    assert manner is not None
+    gain_LC, shift_LC = manner.gain_LC, manner.shift_LC
+    x = torch.nn.functional.pixel_unshuffle(pictures(1, 32, 48), 4)
+
+    def conv(layer: int, module: torch.nn.Module, inside: torch.Tensor) -> torch.Tensor:
+        return module(inside) * gain_LC[layer][:, None, None] + shift_LC[layer][:, None, None]
+
+    with torch.no_grad():
+        x = conv(0, refiner.entry, x)
+        for number, pair in enumerate(refiner.blocks):
+            first, second = pair.children()
+            silu = torch.nn.functional.silu
+            x = x + conv(2 * number + 2, second, silu(conv(2 * number + 1, first, silu(x))))
+        expected = torch.nn.functional.pixel_shuffle(manner.exit(torch.nn.functional.silu(x)), 4)
+        seen = refiner(pictures(1, 32, 48), restored=True)
+        assert torch.allclose(seen, expected, atol=1e-4)
+        assert not torch.allclose(seen, refiner(pictures(1, 32, 48)), atol=1e-2)
+
+
+def test_the_second_manner_survives_growth_and_is_exact_by_regions() -> None:
+    old = with_two_manners(blocks=1)
+    grown = old.with_refiner(12, 2)
+    z = old.encode(pictures(1, 96, 48))
+    with torch.no_grad():
+        assert torch.allclose(grown.decode(z, restored=True), old.decode(z, restored=True), atol=1e-4)
+        whole = old.decode(z, restored=True)[0]
+        region = decode_region(old, z[0], 4, 8, restored=True)
+        assert torch.allclose(region, whole[:, 32:64], atol=1e-5)
+
+
 def test_a_refiner_does_not_shrink() -> None:
     with pytest.raises(ValueError, match="8 x 1 can't shrink to 4 x 1"):
         Refiner(8, 1).grown(4, 1)

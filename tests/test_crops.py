@@ -185,6 +185,25 @@ def test_shrunk_steps_share_one_text_and_dead_leaves_have_no_photo(make_source: 
     assert np.abs(shrunk.mean((0, 1)) - source.training[0].read().mean((0, 1))).max() < 2
 
 
+def test_shrunk_photos_come_in_several_sizes(make_source: Callable[..., PhotoSource]) -> None:
+    """Photos of several short sides give crops whose texture is finer or coarser; one side is drawn per sample."""
+    source = make_source()
+    one = dataclasses.replace(SMALL, p_full=1.0, full_side=64, dead_leaves=0.0, turns=1)
+    several = dataclasses.replace(one, full_sides=(96, 120))
+    seen = set()
+    for step in range(12):
+        sample = make_sample(source, several, step, 0)
+        photo = next(p for p in source.training if p.name == sample.origin)
+        whole = {side: source.shrunk(photo, side) for side in (64, 96, 120)}
+        hq_PQC = sample.hq_CPQ.transpose(1, 2, 0)
+        windows = {s: np.lib.stride_tricks.sliding_window_view(x, (64, 64, 3)) for s, x in whole.items()}
+        seen |= {s for s, w in windows.items() if (w == hq_PQC).all((-3, -2, -1)).any()}
+        assert make_sample(source, several, step, 0).hq_CPQ.tobytes() == sample.hq_CPQ.tobytes()
+    assert seen == {64, 96, 120}
+    with pytest.raises(ConfigError, match="full_side 48 is below crop 64"):
+        dataclasses.replace(one, full_sides=(96, 48))
+
+
 def test_full_steps_have_larger_crops_of_shrunk_photos_large_enough(tmp_path: Path) -> None:
     """Sizes 128 to 160 by 192: with a short side of 144 and crops as large, the smaller photos are never enlarged."""
     write_photos(tmp_path / "in")

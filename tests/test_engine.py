@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dreamsr_cli.backoff import WorkPlan, settle
 from dreamsr_cli.config import OutputConfig, UpscaleConfig
@@ -81,6 +83,27 @@ def test_same_command_same_bytes_and_another_seed_another_texture(bundle, tmp_pa
     first, again, other = ((tmp_path / f"{n}.png").read_bytes() for n in "bcd")
     assert first == again
     assert first != other
+
+
+def test_the_second_manner_of_decoding_is_for_strength_0_alone(tiny_bundle, tmp_path) -> None:
+    """The same bundle with another last convolution for stage 1's results."""
+    copied = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    file = copied / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["refiner.restored.exit.bias"] += 0.2
+    save_file(weights, file, {"format": "pt"})
+    source = photo(tmp_path / "a.png")
+    for name, model in (("plain", tiny_bundle), ("other", copied)):
+        for strength in (0.0, 0.5):
+            run(
+                open_bundle(str(model)),
+                source,
+                tmp_path / f"{name}-{strength}.png",
+                strength=strength,
+                color_fix="none",
+            )
+    assert (pixels(tmp_path / "other-0.0.png") - pixels(tmp_path / "plain-0.0.png")).mean() > 10
+    assert np.array_equal(pixels(tmp_path / "other-0.5.png"), pixels(tmp_path / "plain-0.5.png"))
 
 
 def test_tile_batch_changes_rounding_only(bundle, tmp_path) -> None:

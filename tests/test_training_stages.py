@@ -337,11 +337,15 @@ def test_flux_parts_train_and_their_licence_is_passed_on(photos, tiny_flux_bundl
     config["licence"] = "flux-1-dev-non-commercial-license"
     config["parts"] = {name: {"bundle": str(tiny_flux_bundle)} for name in config["parts"]}
     (licensed / "bundle.json").write_text(json.dumps(config))
-    recipe = replace(REMOVED, steps=3, loss=replace(RECIPE.loss, gan_start=0), checkpointing=True, fresh=True)
+    recipe = replace(
+        REMOVED, steps=3, loss=replace(RECIPE.loss, gan_start=0, lattice=3.0), checkpointing=True, fresh=True
+    )
+    recipe = replace(recipe, optim=replace(recipe.optim, kind="muon"))
     result = train(job(photos, licensed, tmp_path / "run", "joint", recipe, dtype=torch.bfloat16), SilentProgress())
     card = (result.bundle / "README.md").read_text()
     assert "Non-Commercial" in card and "was modified" in (result.bundle / "NOTICE").read_text()
     assert "0.5 · GAN" in card and "no perceptual loss" in card
+    assert card.count("3 · lattice") == 2 and "Muon" in card
     made = open_bundle(str(result.bundle))
     assert made.config.parts["transformer"].bundle == str(tiny_flux_bundle)  # passed through, not a chain
     assert made.open_restorer(CPU, torch.float32, mask_pads=False).lora is not None

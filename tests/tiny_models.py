@@ -46,6 +46,7 @@ RECIPE = Recipe(
         text_layers=1,
         refiner_width=8,
         refiner_blocks=1,
+        refiner_restored=True,
         lora_rank=4,
     ),
     latent=LatentConfig(channels=8),
@@ -85,6 +86,8 @@ def networks(recipe: Recipe = RECIPE) -> Networks:
     assert made.context_attention is not None and made.lora is not None
     fill(made.transformer.proj_out.weight, 0.1, 1)
     fill(made.autoencoder.refiner.exit.weight, 0.02, 2)
+    assert made.autoencoder.refiner.restored is not None
+    fill(made.autoencoder.refiner.restored.exit.weight, 0.02, 5)
     # Of low contrast: what random networks leave of the noise then stays inside [-1, 1].
     made.autoencoder.fit([0.3 * pictures()])
     wake_projections(made.controlnet, 1.0, 3)

@@ -6,6 +6,7 @@ Pixels are RGB in [-1, 1]; latents are scaled as the transformer expects them (a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Protocol, cast
 
@@ -36,8 +37,9 @@ class Autoencoder(Protocol):
         """[-1, 1] pixels to z_BCHW, float32."""
         ...
 
-    def decode(self, z_BCHW: Tensor) -> Tensor:
-        """z_BCHW to pixels (B, 3, 8H, 8W), float32, about [-1, 1], not clamped."""
+    def decode(self, z_BCHW: Tensor, restored: bool = False) -> Tensor:
+        """z_BCHW to pixels (B, 3, 8H, 8W), float32, about [-1, 1], not clamped. `restored`: the latent is stage 1's
+        result, to be decoded faithfully, where the autoencoder has learnt to tell."""
         ...
 
 
@@ -46,11 +48,15 @@ class Refiner(nn.Module):
 
     No norm and no attention, so an output pixel sees `4 * convolutions` pixels around it and nothing else. The last
     convolution starts at zero: an untrained refiner changes nothing.
+
+    With `restored` it has a second manner, for the results of stage 1: a gain and a shift of its own for each channel
+    of each convolution, and a last convolution of its own (method.md: what is most faithful and what looks best are
+    different pictures).
     """
 
     FOLD = 4
 
-    def __init__(self, width: int, blocks: int) -> None:
+    def __init__(self, width: int, blocks: int, restored: bool = False) -> None:
         super().__init__()
         folded = 3 * self.FOLD**2
         self.entry = nn.Conv2d(folded, width, 3, padding=1)
@@ -61,16 +67,28 @@ class Refiner(nn.Module):
         self.exit = nn.Conv2d(width, folded, 3, padding=1)
         for parameter in self.exit.parameters():
             nn.init.zeros_(parameter)
+        self.restored: RestoredManner | None = None
+        if restored:
+            self.restored = RestoredManner(1 + 2 * blocks, width)
+            self.restored.exit = copy.deepcopy(self.exit)
         self.reach = self.FOLD * (2 + 2 * blocks)
 
-    def forward(self, rgb_B3PQ: Tensor) -> Tensor:
-        """The correction alone, to be added to the picture; same shape and dtype."""
+    def forward(self, rgb_B3PQ: Tensor, restored: bool = False) -> Tensor:
+        """The correction alone, to be added to the picture; same shape and dtype. `restored` asks for the second
+        manner, where there is one."""
+        manner = self.restored if restored else None
         # A third faster on a CPU than channels first.
         x = F.pixel_unshuffle(rgb_B3PQ, self.FOLD).contiguous(memory_format=torch.channels_last)
-        x = self.entry(x)
-        for first, second in (cast(nn.Sequential, pair) for pair in self.blocks):
-            x = x + second(F.silu(first(F.silu(x))))
-        return F.pixel_shuffle(self.exit(F.silu(x)), self.FOLD)
+        x = self.entry(x) if manner is None else manner(0, self.entry, x)
+        for number, pair in enumerate(self.blocks):
+            first, second = (cast(nn.Conv2d, conv) for conv in cast(nn.Sequential, pair))
+            if manner is None:
+                x = x + second(F.silu(first(F.silu(x))))
+            else:
+                inner = manner(2 * number + 1, first, F.silu(x))
+                x = x + manner(2 * number + 2, second, F.silu(inner))
+        last = self.exit if manner is None else manner.exit
+        return F.pixel_shuffle(last(F.silu(x)), self.FOLD)
 
     @property
     def width(self) -> int:
@@ -78,12 +96,13 @@ class Refiner(nn.Module):
         return self.entry.out_channels
 
     @torch.no_grad()
-    def grown(self, width: int, blocks: int) -> Refiner:
+    def grown(self, width: int, blocks: int, restored: bool = False) -> Refiner:
         """A larger refiner that computes the same as this one: what it has more is fresh and not yet listened to.
 
+        With `restored` it gets the second manner, which at first is the first; one that is there stays.
         `ValueError` where it would be smaller.
         """
-        more = Refiner(width, blocks).to(self.entry.weight.dtype)
+        more = Refiner(width, blocks, restored or self.restored is not None).to(self.entry.weight.dtype)
         old = self.width
         if width < old or blocks < len(self.blocks):
             raise ValueError(f"a refiner of {old} x {len(self.blocks)} can't shrink to {width} x {blocks}")
@@ -95,7 +114,31 @@ class Refiner(nn.Module):
             for parameter in cast(nn.Sequential, pair)[1].parameters():
                 nn.init.zeros_(parameter)
         _lay_into(more.exit, self.exit)
+        if more.restored is not None:
+            _lay_into(more.restored.exit, self.exit if self.restored is None else self.restored.exit)
+            if self.restored is not None:
+                known = self.restored.gain_LC.shape[0]
+                more.restored.gain_LC[:known, :old] = self.restored.gain_LC
+                more.restored.shift_LC[:known, :old] = self.restored.shift_LC
         return more
+
+
+class RestoredManner(nn.Module):
+    """What a refiner does otherwise for stage 1's results: `gain_LC` and `shift_LC` of each of L convolutions, and the
+    last convolution, which the refiner lays in."""
+
+    exit: nn.Conv2d
+
+    def __init__(self, convolutions: int, width: int) -> None:
+        super().__init__()
+        self.gain_LC = nn.Parameter(torch.ones(convolutions, width))
+        self.shift_LC = nn.Parameter(torch.zeros(convolutions, width))
+
+    def forward(self, layer: int, conv: nn.Conv2d, x_BCPQ: Tensor) -> Tensor:
+        """`conv` with its outputs scaled and shifted; done to the kernels, which are smaller than the picture."""
+        gain_C = self.gain_LC[layer]
+        bias_C = self.shift_LC[layer] if conv.bias is None else conv.bias * gain_C + self.shift_LC[layer]
+        return F.conv2d(x_BCPQ, conv.weight * gain_C[:, None, None, None], bias_C, padding=1)
 
 
 def _lay_into(wider: nn.Conv2d, conv: nn.Conv2d) -> None:
@@ -119,7 +162,12 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self, channels: int = 32, refiner_width: int = 64, refiner_blocks: int = 3, whitening: float = 0.5
+        self,
+        channels: int = 32,
+        refiner_width: int = 64,
+        refiner_blocks: int = 3,
+        whitening: float = 0.5,
+        refiner_restored: bool = False,
     ) -> None:
         super().__init__()
         self.channels = channels
@@ -128,16 +176,17 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         self.mean_K = nn.Parameter(torch.zeros(block), requires_grad=False)
         self.basis_CK = nn.Parameter(torch.eye(channels, block), requires_grad=False)
         self.gain_C = nn.Parameter(torch.ones(channels), requires_grad=False)
-        self.refiner = Refiner(refiner_width, refiner_blocks)
+        self.refiner = Refiner(refiner_width, refiner_blocks, refiner_restored)
         self.halo = -(-self.refiner.reach // STRIDE) * STRIDE
 
     @torch.no_grad()
-    def with_refiner(self, width: int, blocks: int) -> PatchAutoencoder:
+    def with_refiner(self, width: int, blocks: int, restored: bool = False) -> PatchAutoencoder:
         """The same autoencoder with a larger refiner (`Refiner.grown`)."""
-        larger = PatchAutoencoder(self.channels, width, blocks, self.whitening)
+        restored = restored or self.refiner.restored is not None
+        larger = PatchAutoencoder(self.channels, width, blocks, self.whitening, restored)
         for name in ("mean_K", "basis_CK", "gain_C"):
             getattr(larger, name).copy_(getattr(self, name))
-        larger.refiner = self.refiner.grown(width, blocks)
+        larger.refiner = self.refiner.grown(width, blocks, restored)
         return larger
 
     @torch.no_grad()
@@ -187,11 +236,12 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         pixels = torch.einsum("bchw,ck->bkhw", z_BCHW.float(), kernel_CK) + self.mean_K.float()[None, :, None, None]
         return F.pixel_shuffle(pixels, STRIDE)
 
-    def decode(self, z_BCHW: Tensor) -> Tensor:
-        """z_BCHW to pixels (B, 3, 8H, 8W) float32: linear decode, then the refiner in its own dtype."""
+    def decode(self, z_BCHW: Tensor, restored: bool = False) -> Tensor:
+        """z_BCHW to pixels (B, 3, 8H, 8W) float32: linear decode, then the refiner in its own dtype, in the manner for
+        stage 1's results if `restored`."""
         rgb = self.decode_linear(z_BCHW)
         # Only the correction passes through the refiner's precision; the picture itself stays float32.
-        return rgb + self.refiner(rgb.to(self.refiner.entry.weight.dtype)).float()
+        return rgb + self.refiner(rgb.to(self.refiner.entry.weight.dtype), restored).float()
 
 
 class FluxAutoencoder:
@@ -219,8 +269,9 @@ class FluxAutoencoder:
             made.append(z_BCHW[..., (begin - first) // STRIDE : (end - first) // STRIDE])
         return torch.cat(made, 3)
 
-    def decode(self, z_BCHW: Tensor) -> Tensor:
-        """z_BCHW to pixels (B, 3, 8H, 8W) float32; wide ones span by span, cross-faded over the halo."""
+    def decode(self, z_BCHW: Tensor, restored: bool = False) -> Tensor:
+        """z_BCHW to pixels (B, 3, 8H, 8W) float32; wide ones span by span, cross-faded over the halo. FLUX's decoder
+        knows nothing of stages."""
         batch, _, height, width = z_BCHW.shape
         spans = column_spans(STRIDE * width)
         if len(spans) == 1:
@@ -246,7 +297,7 @@ class FluxAutoencoder:
         return self.vae.decode(z.to(self.vae.dtype)).sample.float()
 
 
-def decode_region(autoencoder: Autoencoder, z_CHW: Tensor, top: int, bottom: int) -> Tensor:
+def decode_region(autoencoder: Autoencoder, z_CHW: Tensor, top: int, bottom: int, restored: bool = False) -> Tensor:
     """Pixel rows [8*top, 8*bottom) of the decoded canvas, (3, 8*(bottom-top), 8W), from latent rows [top, bottom) and
     their halo.
 
@@ -254,7 +305,7 @@ def decode_region(autoencoder: Autoencoder, z_CHW: Tensor, top: int, bottom: int
     """
     halo = autoencoder.halo // STRIDE
     first, last = max(0, top - halo), min(z_CHW.shape[1], bottom + halo)
-    rgb = autoencoder.decode(z_CHW[None, :, first:last])[0]
+    rgb = autoencoder.decode(z_CHW[None, :, first:last], restored)[0]
     return rgb[:, (top - first) * STRIDE : (bottom - first) * STRIDE]
 
 

@@ -56,6 +56,8 @@ class CropSettings:
     """Chance of a step that its photos are shrunk first."""
     full_side: int = 1024
     """Short side of a shrunk photo."""
+    full_sides: tuple[int, ...] = ()
+    """Further short sides, one of all drawn per sample."""
     full_crop: int | None = None
     """Side of the crops of shrunk photos; None: `crop`."""
     turns: int = 8
@@ -80,8 +82,9 @@ class CropSettings:
         for name in ("dead_leaves", "p_full", "detail_words"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} = {getattr(self, name)} is not a share", "give a number from 0 to 1")
-        if self.full_side < self.crop:
-            raise ConfigError(f"full_side {self.full_side} is below crop {self.crop}", "raise full_side")
+        for side in (self.full_side, *self.full_sides):
+            if side < self.crop:
+                raise ConfigError(f"full_side {side} is below crop {self.crop}", "raise full_side")
         if self.candidates < 1:
             raise ConfigError(f"candidates = {self.candidates}", "give 1 or more")
         if self.full_crop is not None and (
@@ -196,7 +199,7 @@ def _try(source: Source, settings: CropSettings, step: int, index: int, attempt:
     else:
         origin, sha256 = item.name, item.sha256
         full = is_full(source, settings, step)
-        pictures = Pictures(source.shrunk(item, settings.full_side)) if full else source.read(item)
+        pictures = Pictures(source.shrunk(item, _side(settings, step, index))) if full else source.read(item)
         hq_PQC, scale = pictures.hq_PQC, pictures.scale
         if min(hq_PQC.shape[:2]) < size:
             return None
@@ -244,6 +247,12 @@ def _texts(
     if isinstance(source, PhotoSource) and isinstance(item, TrainingPhoto):
         return source.global_text(item, turn, Describer()), None
     return describe_whole(hq_PQC, turn, Describer()), None
+
+
+def _side(settings: CropSettings, step: int, index: int) -> int:
+    """The short side that the sample's photo is shrunk to."""
+    sides = (settings.full_side, *settings.full_sides)
+    return sides[int(draws.generator(settings.seed, "full-side", step, index).integers(len(sides)))]
 
 
 def _preset(settings: CropSettings, step: int, index: int) -> str:

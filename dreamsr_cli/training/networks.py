@@ -200,7 +200,7 @@ def build(recipe: Recipe, start: Bundle | None) -> Networks:
         controlnet,
         context,
         ByteTextEncoder(s.text_width, s.text_layers, max_tokens=recipe.defaults.max_text_tokens),
-        PatchAutoencoder(recipe.latent.channels, s.refiner_width, s.refiner_blocks, s.whitening),
+        PatchAutoencoder(recipe.latent.channels, s.refiner_width, s.refiner_blocks, s.whitening, s.refiner_restored),
         RestorationLoRA(transformer, s.lora_rank),
         ConditionedDiT(transformer, context, control_map, mask_pads=True),
         recipe.bundle_config(),
@@ -235,9 +235,10 @@ def _from_bundle(recipe: Recipe, start: Bundle) -> Networks:
             "use --stage controlnet, restoration or joint",
         )
     width, blocks = recipe.sizes.refiner_width, recipe.sizes.refiner_blocks
-    had = autoencoder.refiner.width, len(autoencoder.refiner.blocks)
-    if (width, blocks) != had and width >= had[0] and blocks >= had[1]:
-        autoencoder = autoencoder.with_refiner(width, blocks)
+    had, restored = (autoencoder.refiner.width, len(autoencoder.refiner.blocks)), recipe.sizes.refiner_restored
+    larger = (width, blocks) != had and width >= had[0] and blocks >= had[1]
+    if larger or (restored and autoencoder.refiner.restored is None):
+        autoencoder = autoencoder.with_refiner(*((width, blocks) if larger else had), restored)
     if restorer.lora is None or not isinstance(restorer.controlnet, MMControlNet):
         raise UsageError(
             f"{start.config.name} has no LoRA, or a ControlNet of another kind",

@@ -125,6 +125,7 @@ def of_recipe(recipe: Recipe) -> PartConfigs:
             "refiner_width": s.refiner_width,
             "refiner_blocks": s.refiner_blocks,
             "whitening": s.whitening,
+            "refiner_restored": s.refiner_restored,
         },
         text_encoder={
             "width": s.text_width,

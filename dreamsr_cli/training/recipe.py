@@ -37,6 +37,8 @@ class ModelSizes:
     """Channels of the refiner."""
     refiner_blocks: int = 3
     """Residual blocks of the refiner; its reach is 4 * (2 + 2 * blocks) pixels."""
+    refiner_restored: bool = False
+    """Whether the refiner has a second manner for stage 1's results (`autoencoder.Refiner`)."""
     whitening: float = 0.5
     """Power of a component's standard deviation it is divided by."""
     lora_rank: int = 16
@@ -74,6 +76,9 @@ class DataRecipe:
     about all of it has local text = global text."""
     full_side: int = 1024
     """Short side in pixels of a shrunk photo."""
+    full_sides: tuple[int, ...] = ()
+    """Short sides beside `full_side`, one of all drawn per sample: the same photo with finer and coarser texture
+    (ours)."""
     full_crop: int | None = None
     """Side of the crops of shrunk photos (the paper's: 1024); None: that of the step's other crops."""
     turns: int = 8

@@ -38,7 +38,7 @@ def sample_rows(networks: Networks, recipe: Recipe, source: Source, stage: Stage
         z = autoencoder.encode(crops.lq_up * 2 - 1)
         if networks.lora is not None:
             z = remove(networks, z, local, glob, sampling)
-            shown["removed"] = autoencoder.decode(z) / 2 + 0.5
+            shown["removed"] = autoencoder.decode(z, restored=True) / 2 + 0.5
         condition = z
         noise = [generator(recipe.seed, "sample-noise", b).standard_normal(z.shape[1:]) for b in range(len(z))]
         eps = torch.stack([torch.from_numpy(n).float() for n in noise]).to(z)

@@ -103,6 +103,7 @@ def crop_settings(recipe: Recipe, plan: int, held_out: bool = False) -> CropSett
         dead_leaves=0.0 if held_out else data.dead_leaves,
         p_full=0.0 if held_out else data.full_photo,
         full_side=data.full_side,
+        full_sides=data.full_sides,
         detail_words=0.0 if held_out else data.detail_words,
         full_crop=data.full_crop,
         turns=data.turns,

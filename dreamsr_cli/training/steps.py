@@ -244,7 +244,7 @@ def _removal(
     z_0: Tensor,
     target: Tensor,
 ) -> Outcome:
-    weights, decoded = recipe.loss, networks.autoencoder.decode(z_dr)
+    weights, decoded = recipe.loss, networks.autoencoder.decode(z_dr, restored=True)
     loss, terms = removal_loss(
         z_dr,
         z_0,
@@ -257,7 +257,7 @@ def _removal(
         kind=weights.pixel_kind,
     )
     if weights.lattice:
-        lattice = lattice_strength(decoded)
+        lattice = lattice_strength(decoded - target)
         loss, terms["removal_lattice"] = loss + weights.lattice * lattice, lattice.detach()
     return Outcome(loss, terms, decoded.detach(), target)
 
@@ -303,7 +303,7 @@ def _texture(
         pixel = pixel * (len(near) / len(t))
         loss, terms["texture_pixel"] = loss + pixel, pixel.detach()
         if weights.lattice:
-            lattice = lattice_strength(decoded) * (len(near) / len(t))
+            lattice = lattice_strength(decoded - target[near]) * (len(near) / len(t))
             loss, terms["texture_lattice"] = loss + weights.lattice * lattice, lattice.detach()
         fake, real = decoded.detach(), target[near]
         if critic is not None:

@@ -270,16 +270,23 @@ def _write_bundle(
 def _losses(stage: Stage, recipe: Recipe) -> str:
     loss, weight = recipe.loss, gan_weight(recipe, stage)
     perceptual = loss.perceptual != "none"
-    words = []
+    words, lattice = [], [f"{loss.lattice:g} · lattice (ours)"] * (loss.lattice > 0)
     if not stage.restore:
         return "Charbonnier on the round trip of clean crops"
     if stage.removes:
         terms = ["latent MSE", f"pixel {loss.pixel_kind}"]
         terms += [f"{loss.removal_perceptual:g} · {loss.perceptual}"] * (perceptual and loss.removal_perceptual > 0)
+        terms += lattice
         terms += [f"{weight:g} · GAN from step {loss.gan_start} on (hinge, spectrally normalised U-Net)"] * (weight > 0)
         share = f", all · {loss.removal_part:g}" * (loss.removal_part != 1 and stage.textures and not stage.prior)
         words.append("removal (eq. 7): " + " + ".join(terms) + share)
     if stage.textures:
-        extra = f" + {loss.texture_perceptual:g} · {loss.perceptual}" * perceptual
-        words.append(f"texture: velocity (eq. 5), for t ≤ 0.2 also pixel {loss.pixel_kind}{extra} (eq. 6)")
+        extra = [
+            f"pixel {loss.pixel_kind}",
+            *[f"{loss.texture_perceptual:g} · {loss.perceptual}"] * perceptual,
+            *lattice,
+        ]
+        words.append(f"texture: velocity (eq. 5), for t ≤ 0.2 also {' + '.join(extra)} (eq. 6)")
+    if recipe.optim.kind == "muon":
+        words.append("optimizer: Muon for matrices inside blocks, AdamW for the rest")
     return "; ".join(words)

@@ -57,7 +57,7 @@ def validate(
         condition = z_lq
         if networks.lora is not None:
             condition = z_dr = remove(networks, z_lq, local, glob, sampling)
-            removed = autoencoder.decode(z_dr).clamp(-1, 1)
+            removed = autoencoder.decode(z_dr, restored=True).clamp(-1, 1)
             add("removed_psnr", _psnr(removed, hq))
             if perceptual is not None:
                 add("removed_perceptual", perceptual(removed, hq).mean())
