@@ -317,9 +317,12 @@ def _texture(
 
 
 def reconstruction_step(networks: Networks, hq: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of one step of stage `autoencoder`: the refiner mends what the linear round trip of clean crops lost."""
+    """Loss of one step of stage `autoencoder`: the refiner mends what the linear round trip of clean crops lost, in each
+    of its manners."""
     target = hq * 2 - 1
-    autoencoder = networks.autoencoder
-    error = autoencoder.decode(autoencoder.encode(target)) - target
+    autoencoder = networks.patches
+    z = autoencoder.encode(target)
+    manners = (False,) if autoencoder.refiner.restored is None else (False, True)
+    error = torch.cat([autoencoder.decode(z, restored) - target for restored in manners])
     loss = (error.square() + 1e-6).sqrt().mean()
     return loss, {"psnr": 10 * torch.log10(4 / error.detach().square().mean())}
