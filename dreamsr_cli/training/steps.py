@@ -317,8 +317,8 @@ def _texture(
 
 
 def reconstruction_step(networks: Networks, hq: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of one step of stage `autoencoder`: the refiner mends what the linear round trip of clean crops lost, in each
-    of its manners."""
+    """Loss of one step of stage `autoencoder`: the refiner mends what the linear round trip of clean crops lost, in
+    each of its manners."""
     target = hq * 2 - 1
     autoencoder = networks.patches
     z = autoencoder.encode(target)
