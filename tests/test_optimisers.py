@@ -97,6 +97,21 @@ def test_muon_takes_what_lies_between_hidden_layers() -> None:
         assert any(word in n for n in named) and not any(word in n for n in hidden), word
 
 
+def test_only_matrices_decay() -> None:
+    named = networks().named(("refiner",))
+    optim = replace(RECIPE.optim, lr=1e-2, weight_decay=0.5, ema=0.0)
+    learner = Learner(named, optim)
+    before = {n: m.detach().clone() for n, m in zip(learner.masters.names, learner.masters.master, strict=True)}
+    for parameter in named.values():
+        parameter.grad = torch.zeros_like(parameter)
+    learner.masters.take_gradients(1.0)
+    learner.update(1e-2, 1)
+    after = dict(zip(learner.masters.names, learner.masters.master, strict=True))
+    stayed = {n for n in before if torch.equal(before[n], after[n])}
+    plain = {n for n in before if n.endswith((".bias", "gain_LC", "shift_LC"))}
+    assert stayed == plain and {"refiner.restored.gain_LC", "refiner.entry.bias"} <= plain
+
+
 def test_muon_refuses_sharded_weights() -> None:
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     try:

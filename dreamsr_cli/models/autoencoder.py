@@ -67,10 +67,7 @@ class Refiner(nn.Module):
         self.exit = nn.Conv2d(width, folded, 3, padding=1)
         for parameter in self.exit.parameters():
             nn.init.zeros_(parameter)
-        self.restored: RestoredManner | None = None
-        if restored:
-            self.restored = RestoredManner(1 + 2 * blocks, width)
-            self.restored.exit = copy.deepcopy(self.exit)
+        self.restored = RestoredManner(1 + 2 * blocks, width, self.exit) if restored else None
         self.reach = self.FOLD * (2 + 2 * blocks)
 
     def forward(self, rgb_B3PQ: Tensor, restored: bool = False) -> Tensor:
@@ -125,12 +122,11 @@ class Refiner(nn.Module):
 
 class RestoredManner(nn.Module):
     """What a refiner does otherwise for stage 1's results: `gain_LC` and `shift_LC` of each of L convolutions, and the
-    last convolution, which the refiner lays in."""
+    last convolution, which begins as a copy of the other manner's."""
 
-    exit: nn.Conv2d
-
-    def __init__(self, convolutions: int, width: int) -> None:
+    def __init__(self, convolutions: int, width: int, last: nn.Conv2d) -> None:
         super().__init__()
+        self.exit = copy.deepcopy(last)
         self.gain_LC = nn.Parameter(torch.ones(convolutions, width))
         self.shift_LC = nn.Parameter(torch.zeros(convolutions, width))
 

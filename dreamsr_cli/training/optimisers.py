@@ -25,6 +25,9 @@ HIDDEN = re.compile(r"((transformer|controlnet)\..*blocks\.\d+\.(?!norm)(?!.*lor
 """Names of the parameters that Muon is for, where they are matrices or kernels: those between two hidden layers of a
 block. Not modulation, embeddings and LoRA (Jordan et al. 2024, "Muon: an optimizer for hidden layers")."""
 
+GAINS = ("_LC",)
+"""Ends of the names of what has two axes but is no matrix: a gain per layer and channel doesn't decay either."""
+
 
 class Masters:
     """Float32 copies of the trained parameters with an averaged twin (none for a `decay` of 0); the networks hold the
@@ -82,7 +85,7 @@ class Learner:
         def group(item: tuple[str, nn.Parameter]) -> tuple[bool, bool, bool]:
             name, parameter = item
             hidden = optim.kind == "muon" and parameter.ndim > 1 and HIDDEN.fullmatch(name) is not None
-            return hidden, parameter.ndim < 2, name.startswith(TEXT_PATH)
+            return hidden, parameter.ndim < 2 or name.endswith(GAINS), name.startswith(TEXT_PATH)
 
         # Sorted by group, since the optimizer's order is the masters' order.
         named = dict(sorted(named.items(), key=group))
