@@ -76,14 +76,12 @@ class Refiner(nn.Module):
         manner = self.restored if restored else None
         # A third faster on a CPU than channels first.
         x = F.pixel_unshuffle(rgb_B3PQ, self.FOLD).contiguous(memory_format=torch.channels_last)
-        x = self.entry(x) if manner is None else manner(0, self.entry, x)
+        convolve = _as_it_is if manner is None else manner
+        x = convolve(0, self.entry, x)
         for number, pair in enumerate(self.blocks):
             first, second = (cast(nn.Conv2d, conv) for conv in cast(nn.Sequential, pair))
-            if manner is None:
-                x = x + second(F.silu(first(F.silu(x))))
-            else:
-                inner = manner(2 * number + 1, first, F.silu(x))
-                x = x + manner(2 * number + 2, second, F.silu(inner))
+            inner = convolve(2 * number + 1, first, F.silu(x))
+            x = x + convolve(2 * number + 2, second, F.silu(inner))
         last = self.exit if manner is None else manner.exit
         return F.pixel_shuffle(last(F.silu(x)), self.FOLD)
 
@@ -135,6 +133,10 @@ class RestoredManner(nn.Module):
         gain_C = self.gain_LC[layer]
         bias_C = self.shift_LC[layer] if conv.bias is None else conv.bias * gain_C + self.shift_LC[layer]
         return F.conv2d(x_BCPQ, conv.weight * gain_C[:, None, None, None], bias_C, padding=1)
+
+
+def _as_it_is(_layer: int, conv: nn.Conv2d, x_BCPQ: Tensor) -> Tensor:
+    return conv(x_BCPQ)
 
 
 def _lay_into(wider: nn.Conv2d, conv: nn.Conv2d) -> None:
