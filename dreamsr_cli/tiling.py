@@ -122,17 +122,18 @@ class TileGrid:
 
 
 def make_grid(canvas_height: int, canvas_width: int, tile: int, overlap: int) -> TileGrid:
-    """The grid with the fewest tiles of `tile` x `tile` output pixels that overlap by at least `overlap`.
+    """The grid with the fewest tiles of at most `tile` x `tile` output pixels that overlap by at least `overlap`.
 
-    The canvas is padded to the lattice first. `tile` 0 makes one tile, and a tile longer than a side of the canvas
-    becomes that side. Tiles are spread evenly, to the lattice. Raises `UsageError` as `check_tiling` does.
+    The canvas is padded to the lattice first. `tile` 0 makes one tile. Tiles are no longer than that number of them
+    needs, and spread evenly, to the lattice: what they overlap beyond `overlap` would be computed twice for nothing.
+    They stay at least twice as long as `overlap`. Raises `UsageError` as `check_tiling` does.
     """
     check_tiling(tile, overlap)
     height, width = padded(canvas_height), padded(canvas_width)
     if min(canvas_height, canvas_width) < 1:
         raise ValueError(f"a canvas has at least one pixel, got {canvas_height} x {canvas_width}")
-    tile_height, tile_width = (min(tile, height), min(tile, width)) if tile else (height, width)
-    tops, lefts = _starts(height, tile_height, overlap), _starts(width, tile_width, overlap)
+    tile_height, tops = _divided(height, tile or height, overlap)
+    tile_width, lefts = _divided(width, tile or width, overlap)
     tiles = tuple(
         Tile(row * len(lefts) + column, row, column, top, left, tile_height, tile_width)
         for row, top in enumerate(tops)
@@ -141,10 +142,12 @@ def make_grid(canvas_height: int, canvas_width: int, tile: int, overlap: int) ->
     return TileGrid(height, width, tile_height, tile_width, overlap, len(tops), len(lefts), tiles)
 
 
-def _starts(length: int, tile: int, overlap: int) -> list[int]:
-    """First pixels of the tiles along one side; neighbouring steps differ by one lattice unit at most."""
+def _divided(length: int, longest: int, overlap: int) -> tuple[int, list[int]]:
+    """The tiles' extent along one side of the canvas, and their first pixels; neighbouring steps differ by one lattice
+    unit at most."""
+    if longest >= length:
+        return length, [0]
+    steps = -(-(length - longest) // (longest - overlap))
+    tile = max(padded(-(-(length + steps * overlap) // (steps + 1))), 2 * overlap)
     spare = (length - tile) // GRAIN
-    if spare == 0:
-        return [0]
-    steps = -(-(length - tile) // (tile - overlap))
-    return [(2 * i * spare + steps) // (2 * steps) * GRAIN for i in range(steps + 1)]
+    return tile, [(2 * i * spare + steps) // (2 * steps) * GRAIN for i in range(steps + 1)]

@@ -65,6 +65,7 @@ LAYERS = (
         "captioning",
         "tile_likeness",
         "canvas",
+        "consistency",
         "sampler",
         "tile_work",
         "texts_ahead",
@@ -252,21 +253,19 @@ def test_only_the_command_line_draws_on_the_screen():
 
 @pytest.mark.parametrize("arguments", [["--help"], ["upscale", "--help"], ["--version"]])
 def test_help_is_fast_and_without_torch(arguments):
+    """Fast: less than twice the modules that typer itself needs. Seconds differ threefold between machines."""
     code = (
-        "import sys, time; start = time.process_time()\n"
+        "import sys, typer.rich_utils; typers = len(sys.modules)\n"
         "from dreamsr_cli.cli.app import run\n"
         f"code = run({arguments!r})\n"
         "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'pyvips'} & set(sys.modules)\n"
-        "print(code, sorted(heavy), time.process_time() - start, file=sys.stderr)"
+        "print(code, sorted(heavy), len(sys.modules) / typers, file=sys.stderr)"
     )
-    seconds = []
-    for _ in range(3):
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert "dreamsr" in result.stdout
-        status, heavy, taken = result.stderr.strip().split("\n")[-1].split(" ", 2)
-        assert (status, heavy) == ("0", "[]")
-        seconds.append(float(taken))
-    assert min(seconds) < 0.5
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "dreamsr" in result.stdout
+    status, heavy, ratio = result.stderr.strip().split("\n")[-1].split(" ", 2)
+    assert (status, heavy) == ("0", "[]")
+    assert float(ratio) < 2
 
 
 def test_files_are_small_and_named_for_what_they_do():

@@ -174,7 +174,7 @@ def test_a_torn_line_is_done_again_and_nothing_is_opened_for_a_whole_file(
     [
         {"config": replace(CONFIG, tile_instruction="Which colours?")},
         {"config": replace(CONFIG, batch=3)},
-        {"grid": make_grid(240, 320, 112, 16)},
+        {"grid": make_grid(240, 320, 144, 16)},
         {"folder": "onevision"},
     ],
 )

@@ -88,7 +88,8 @@ def test_each_latent_pixel_is_its_own_tiles() -> None:
         marked = {t.index: np.full((1, high, wide), t.index, np.float32) for t in layout.grid.tiles}
         assert set(layout.blend_rows(marked, 0, 40).ravel()) == set(range(len(layout.grid.tiles)))
     plain = overlapping(grid)
-    slots = {t.index: np.full((1, 20, 20), t.index, np.float32) for t in grid.tiles}
+    sides = grid.tile_height // 8, grid.tile_width // 8
+    slots = {t.index: np.full((1, *sides), t.index, np.float32) for t in grid.tiles}
     assert np.array_equal(plain.blend_rows(slots, 0, 40), blend(grid, slots))
 
 

@@ -28,7 +28,7 @@ def test_grid_covers_the_canvas_evenly_on_the_lattice(height: int, width: int, t
     assert len(grid.tiles) == grid.rows * grid.columns
     assert [t.index for t in grid.tiles] == list(range(len(grid.tiles)))
     assert [(t.row, t.column) for t in grid.tiles] == [(r, c) for r in range(grid.rows) for c in range(grid.columns)]
-    assert {(t.height, t.width) for t in grid.tiles} == {(min(tile, grid.canvas_height), min(tile, grid.canvas_width))}
+    assert {(t.height, t.width) for t in grid.tiles} == {(grid.tile_height, grid.tile_width)}
     for side, size, starts in (
         (grid.canvas_height, grid.tile_height, [t.top for t in grid.tiles if t.column == 0]),
         (grid.canvas_width, grid.tile_width, [t.left for t in grid.tiles if t.row == 0]),
@@ -38,8 +38,13 @@ def test_grid_covers_the_canvas_evenly_on_the_lattice(height: int, width: int, t
         assert all(start % 16 == 0 for start in [*starts, size])
         assert np.all(steps > 0) and np.all(steps <= size - overlap)
         assert len(steps) == 0 or np.ptp(steps) <= 16
-        # one tile fewer couldn't cover the side
-        assert len(steps) == 0 or len(steps) * size - (len(steps) - 1) * overlap < side
+        if len(steps) == 0:
+            assert size == side
+            continue
+        # one tile fewer of the size asked for couldn't cover the side, and no shorter tile could in that number
+        assert len(steps) * tile - (len(steps) - 1) * overlap < side
+        assert size <= tile
+        assert size == 2 * overlap or (len(steps) + 1) * (size - 16) - len(steps) * overlap < side
 
 
 @given(SIDE, SIDE)
@@ -58,9 +63,29 @@ def test_the_papers_canvas_has_24_tiles() -> None:
     grid = make_grid(1440, 2560, 512, 64)
     assert (grid.rows, grid.columns, len(grid.tiles)) == (4, 6, 24)
     last = grid.tiles[-1]
-    assert last.box == (2048, 928, 2560, 1440)
-    assert last.latent_box() == (116, 256, 64, 64)
-    assert last.latent_box(16) == (58, 128, 32, 32)
+    assert last.box == (2080, 1024, 2560, 1440)
+    assert last.latent_box() == (128, 260, 52, 60)
+    assert last.latent_box(16) == (64, 130, 26, 30)
+
+
+def test_a_grid_that_fits_exactly_has_tiles_of_the_size_asked_for() -> None:
+    grid = make_grid(960, 4096, 512, 64)
+    assert (grid.tile_height, grid.tile_width, grid.rows, grid.columns) == (512, 512, 2, 9)
+
+
+def test_a_canvas_barely_longer_than_a_tile_is_cut_in_halves() -> None:
+    grid = make_grid(528, 512, 512, 64)
+    assert (grid.tile_height, grid.tile_width, len(grid.tiles)) == (304, 512, 2)
+    assert make_grid(528, 512, 512, 256).tile_height == 512
+
+
+@given(SIDE, SIDE, TILE, st.floats(0, 1))
+def test_the_longer_side_of_its_tile_makes_a_grid_again(height: int, width: int, tile: int, share: float) -> None:
+    """Prompts files name that side, and the overlap or half of the tile."""
+    grid = make_grid(height, width, tile, legal_overlap(tile, share))
+    longer = max(grid.tile_height, grid.tile_width)
+    again = make_grid(height, width, longer, min(grid.overlap, legal_overlap(longer, 1)))
+    assert again.tiles == grid.tiles
 
 
 @given(st.integers(1, 60))
