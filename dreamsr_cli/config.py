@@ -216,6 +216,9 @@ class UpscaleConfig:
     """What describes photo and tiles: one of `CAPTIONERS`, or a folder with weights."""
     color_fix: str | None = None
     """"wavelet", "adain" or "none"."""
+    consistency: float | None = None
+    """How far the result, shrunk to the photo's size, is made to agree with it: 0 not, 1 as far as one step can. None:
+    as far as the photo looks clean to the bundle, 0 where that can't tell."""
     removal: bool | None = None
     """Run stage 1; False starts texture from z_lq (ablation); None: if the bundle has a Restoration LoRA."""
     precision: str = "auto"

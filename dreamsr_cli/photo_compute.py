@@ -15,6 +15,7 @@ import torch
 from dreamsr_cli.backoff import WorkPlan, place_weights, settle
 from dreamsr_cli.canvas import STRIP, DecodedCanvas, encode
 from dreamsr_cli.colour import fix_strips, reads
+from dreamsr_cli.consistency import ConsistentRows
 from dreamsr_cli.journal_files import RowFile
 from dreamsr_cli.models.compiling import compile_blocks, compile_errors, compiled_code
 from dreamsr_cli.models.open_parts import RESTORER, OpenParts
@@ -136,6 +137,7 @@ def _sample(
 def write_pixels(job: PhotoJob, parts: OpenParts, z_0: RowFile, progress: Progress, crew: Crew | None = None) -> None:
     """Decode, fix colours and hand to the writer, strip by strip, from the first strip that isn't in the journal. One
     strip is fixed and written while the next is decoded."""
+    consistency = job.settle_consistency(progress)
     settings, journal, enlarged, writer = job.settings, job.journal, job.enlarged, job.open_writer()
     start, height, width = journal.progress(PIXELS), enlarged.height, enlarged.width
 
@@ -159,8 +161,9 @@ def write_pixels(job: PhotoJob, parts: OpenParts, z_0: RowFile, progress: Progre
     decoders = DecodeSetup(BundleId.of(job.bundle), settings.device, settings.precision, width, restored)
     with _shared(crew, decoders, progress, STRIPS_WAITING) as shared:
         decoded = DecodedCanvas(z_0, width, parts.autoencoder(), parts.device, progress, shared, restored)
+        rows = ConsistentRows(decoded.read_rows, enlarged, consistency)
         wanted = reads(settings.color_fix, height, STRIP, start)
-        beside(((rows, decoded.read_rows(*rows)) for rows in wanted), fix)
+        beside(((asked, rows.read_rows(*asked)) for asked in wanted), fix)
 
 
 def _shared(

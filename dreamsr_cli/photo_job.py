@@ -26,6 +26,7 @@ from dreamsr_cli.images import Photo, open_photo
 from dreamsr_cli.journal import Journal, journal_folder
 from dreamsr_cli.models.autoencoder import STRIDE
 from dreamsr_cli.models.bundle import Bundle
+from dreamsr_cli.models.cleanliness import chance_of_clean
 from dreamsr_cli.photo_writer import PhotoWriter, check_canvas
 from dreamsr_cli.plain_data import to_dict
 from dreamsr_cli.planning import Plan, record_efficiency
@@ -51,6 +52,9 @@ class Order:
     """A file with this photo's prompts, which the captioner then doesn't make."""
 
 
+LEAST_CHANCE = 0.75
+"""Below this chance of being clean a photo has no say: damage that comes back costs more than a clean photo gains, and
+few photos lie between."""
 UNSEEN = ("memory", "tile_auto", "fit_batch")
 """Settings that say how others were chosen, and decide no byte themselves."""
 
@@ -183,6 +187,18 @@ class PhotoJob:
         self.late_notes += writer.notes
         self._writer = self._files.enter_context(writer)
         return self._writer
+
+    def settle_consistency(self, progress: Progress) -> float:
+        """How far the result is made to agree with the photo: what was asked for, or what the photo looks like, which
+        from then on stands in the settings. A function of photo and bundle, so a resumed run settles on the same."""
+        if self.settings.consistency is None:
+            network, info = self.bundle.open_cleanliness(), self.photo.info
+            chance = chance_of_clean(network, self.photo.read_rows, info.height, info.width) if network else 0.0
+            amount = chance if chance >= LEAST_CHANCE else 0.0
+            self.settings = dataclasses.replace(self.settings, consistency=amount)
+            if amount:
+                progress.note(f"{self.photo.path.name}: looks clean ({chance:.0%}), so the result keeps to it")
+        return self.settings.consistency or 0.0
 
     @property
     def rows_written(self) -> int:

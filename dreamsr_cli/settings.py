@@ -36,6 +36,8 @@ class Settings:
     prompt_mode: str
     captioner: str
     color_fix: str
+    consistency: float | None
+    """None: what the photo itself says."""
     removal: bool
     precision: str
     device: str
@@ -92,6 +94,7 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
         prompt_mode=config.prompt_mode,
         captioner=pick(config.captioner, defaults.captioner),
         color_fix=pick(config.color_fix, defaults.color_fix),
+        consistency=config.consistency if "cleanliness" in bundle.config.parts else config.consistency or 0.0,
         removal=pick(config.removal, "lora" in bundle.config.parts),
         precision=config.precision,
         device=config.device,
@@ -116,6 +119,8 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
         _check_range("--text-bucket", settings.text_bucket, 1, defaults.max_text_tokens)
     if settings.compile:
         check_compile(choose_device(config.device), memory.mode)
+    if settings.consistency is not None:
+        _check_range("--consistency", settings.consistency, 0, 1)
     _check_choice("--color-fix", settings.color_fix, COLOR_FIXES)
     if not is_captioner(settings.captioner):
         known = ", ".join(CAPTIONERS)

@@ -82,6 +82,7 @@ def test_rivals_in_one_layer_are_a_mistake(tmp_path, flags, words):
         ("steps", 0),
         ("steps", 101),
         ("strength", 1.01),
+        ("consistency", -0.5),
         ("tile", -16),
         ("tile_batch", 0),
         ("quality", 0),

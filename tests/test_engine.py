@@ -128,6 +128,7 @@ def test_every_setting_that_should_change_the_picture_does(bundle, tmp_path) -> 
         "captioner": {"captioner": "none"},
         "no_removal": {"removal": False},
         "color": {"color_fix": "adain"},
+        "consistency": {"consistency": 0.5},
     }
     seen = {}
     for name, settings in variants.items():

@@ -43,6 +43,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "overlap": (0, 1_000_000),
     "steps": (1, 100),
     "strength": (0, 1),
+    "consistency": (0, 1),
     "guidance": (0, 100),
     "seed": (0, 2**63 - 1),
     "tile_batch": (1, 64),

@@ -72,6 +72,13 @@ def command(
     color_fix: Annotated[
         str | None, typer.Option(help="wavelet, adain or none (default wavelet).", rich_help_panel=_METHOD)
     ] = None,
+    consistency: Annotated[
+        float | None,
+        typer.Option(
+            help="Agree with the photo when shrunk again, 0 to 1 (default: as far as it looks clean).",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     removal: Annotated[
         bool | None,
         typer.Option("--removal/--no-removal", help="Stage 1, remove degradations.", rich_help_panel=_METHOD),

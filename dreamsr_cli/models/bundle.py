@@ -26,6 +26,7 @@ from dreamsr_cli.config import BundleConfig, PartConfig
 from dreamsr_cli.errors import ConfigError, WeightsError
 from dreamsr_cli.models.attention import join_attention
 from dreamsr_cli.models.autoencoder import Autoencoder, FluxAutoencoder, PatchAutoencoder
+from dreamsr_cli.models.cleanliness import Cleanliness
 from dreamsr_cli.models.conditioned_dit import ConditionedDiT
 from dreamsr_cli.models.context_attention import ContextAttention
 from dreamsr_cli.models.flux_control import FluxControl
@@ -41,7 +42,7 @@ from dreamsr_cli.weights_lock import lock_entry
 
 CONFIG_FILE = "bundle.json"
 BUILT_IN = ("mini", "flux", "flux-upscaler")
-PARTS = ("transformer", "vae", "text_encoder", "controlnet", "context_attention", "lora")
+PARTS = ("transformer", "vae", "text_encoder", "controlnet", "context_attention", "lora", "cleanliness")
 
 
 class Bundle:
@@ -133,6 +134,12 @@ class Bundle:
             return autoencoder
         vae = load_part(AutoencoderKL, folder, dtype).to(device)
         return FluxAutoencoder(vae.to(memory_format=torch.channels_last))
+
+    def open_cleanliness(self) -> Cleanliness | None:
+        """What judges whether a photo is clean, on the CPU in float32 and evaluation mode; None where there is none."""
+        if "cleanliness" not in self.config.parts:
+            return None
+        return load_part(Cleanliness, self.part_folder("cleanliness"), torch.float32)
 
     def open_text_encoder(self, device: torch.device, dtype: torch.dtype, mode: MemoryMode = PLAIN) -> TextEncoder:
         """The text encoder in evaluation mode; `mode` concerns T5, the built-in encoder is small."""

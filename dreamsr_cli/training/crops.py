@@ -48,6 +48,10 @@ class Batch:
     """Good crops, float32 in [0, 1]."""
     lq_up_BCPQ: torch.Tensor
     """Bad crops enlarged to the same size by the field's cubic, float32 in [0, 1]."""
+    lq_BCPQ: torch.Tensor
+    """Bad crops as they are, float32 in [0, 1]."""
+    clean: list[bool | None]
+    """See `Sample.clean`."""
     local_texts: list[str]
     global_texts: list[str]
     erased_BCPQ: torch.Tensor | None = None
@@ -119,6 +123,8 @@ class _Arrays:
 
     hq_BCPQ: np.ndarray
     lq_up_BCPQ: np.ndarray
+    lq_BCPQ: np.ndarray
+    clean: list[bool | None]
     erased_BCPQ: np.ndarray | None
     local_texts: list[str]
     global_texts: list[str]
@@ -157,6 +163,8 @@ def _make_batch(source: Source, settings: CropSettings, batch: int, step: int, f
     return _Arrays(
         np.stack([s.hq_CPQ for s in samples]),
         torch.stack(lq_up).numpy(),
+        np.stack([s.lq_CPQ for s in samples]),
+        [s.clean for s in samples],
         np.stack(erased) if len(erased) == batch else None,
         [s.local_text for s in samples],
         [s.global_text for s in samples],
@@ -170,6 +178,8 @@ def _to_batch(step: int, first: int, arrays: _Arrays) -> Batch:
         step,
         torch.from_numpy(arrays.hq_BCPQ).float() / 255,
         torch.from_numpy(arrays.lq_up_BCPQ),
+        torch.from_numpy(arrays.lq_BCPQ).float() / 255,
+        arrays.clean,
         arrays.local_texts,
         arrays.global_texts,
         None if erased is None else torch.from_numpy(erased).float() / 255,

@@ -97,6 +97,8 @@ def step_memory(
     `pixel_terms`: count decoder and perceptual distance (eq. 6 and 7); a texture step needs them for the crops with
     t <= 0.2, which may be all of a small batch.
     """
+    if kind == "judge":
+        return StepMemory(kind, _judge_bytes(networks, side), 0, 0)
     decoder = _decoder_bytes(networks, side, trained=kind == "reconstruct") if pixel_terms else 0
     if kind == "reconstruct":
         return StepMemory(kind, 0, decoder, 0)
@@ -179,6 +181,15 @@ def _decoder_bytes(networks: MetaNetworks, side: int, trained: bool) -> int:
     if networks.perceptual is not None:
         modules.append(networks.perceptual)
     return saved_bytes(forward, modules)
+
+
+def _judge_bytes(networks: MetaNetworks, side: int) -> int:
+    """Bytes kept by judging one bad crop, at its own size."""
+    network = networks.cleanliness
+    if network is None:
+        return 0
+    small = torch.empty(1, 3, side // 4, side // 4, device="meta")
+    return saved_bytes(lambda: network(small).sum(), [network])
 
 
 def _choose_learners(networks: MetaNetworks, kind: str, everything: bool) -> None:

@@ -15,6 +15,7 @@ from dreamsr_cli.config import BundleConfig, ControlConfig
 from dreamsr_cli.errors import ConfigError, UsageError
 from dreamsr_cli.models.autoencoder import Autoencoder, PatchAutoencoder
 from dreamsr_cli.models.bundle import Bundle, open_bundle
+from dreamsr_cli.models.cleanliness import Cleanliness
 from dreamsr_cli.models.conditioned_dit import ConditionedDiT
 from dreamsr_cli.models.context_attention import ContextAttention, wake_projections
 from dreamsr_cli.models.mm_controlnet import MMControlNet
@@ -24,9 +25,9 @@ from dreamsr_cli.training.distributed import whole
 from dreamsr_cli.training.latent_cache import LatentCache
 from dreamsr_cli.training.lazy_encoder import LazyTextEncoder
 from dreamsr_cli.training.recipe import Recipe
-from dreamsr_cli.training.stages import CONTROL, Stage
+from dreamsr_cli.training.stages import CONTROL, JUDGE, Stage
 
-MODULES = ("transformer", "controlnet", "context_attention", "text_encoder", "refiner")
+MODULES = ("transformer", "controlnet", "context_attention", "text_encoder", "refiner", "cleanliness")
 """Names that a stage's `trains` may use, beside "lora"."""
 TRAINING_GUIDANCE = 1.0
 """FLUX's guidance embedding in training (method.md)."""
@@ -46,6 +47,8 @@ class Networks:
     lora: RestorationLoRA | None
     dit: ConditionedDiT
     config: BundleConfig
+    cleanliness: Cleanliness | None = None
+    """None where neither the bundle nor the stage has it."""
     latent_cache: LatentCache | None = None
     """Keeps the latents of crops that come back."""
     device: torch.device = torch.device("cpu")
@@ -88,7 +91,11 @@ class Networks:
     def modules(self) -> dict[str, nn.Module]:
         """What is wrapped for several processes: networks with trained parameters, and the transformer."""
         found: dict[str, nn.Module] = {"dit": self.dit, "controlnet": self.controlnet}
-        others = {"text_encoder": self.text_encoder, "autoencoder": self.autoencoder}
+        others = {
+            "text_encoder": self.text_encoder,
+            "autoencoder": self.autoencoder,
+            "cleanliness": self.cleanliness,
+        }
         for name, module in others.items():
             if isinstance(module, nn.Module) and any(p.requires_grad for p in module.parameters()):
                 found[name] = module
@@ -166,7 +173,7 @@ class Networks:
 
     def _pixel_modules(self) -> list[nn.Module]:
         autoencoder = self.autoencoder
-        found = [autoencoder, getattr(autoencoder, "vae", None)]
+        found = [autoencoder, getattr(autoencoder, "vae", None), self.cleanliness]
         return [module for module in found if isinstance(module, nn.Module)]
 
 
@@ -253,6 +260,7 @@ def _from_bundle(recipe: Recipe, start: Bundle) -> Networks:
         restorer.lora,
         restorer.dit,
         replace(recipe.bundle_config(), control=start.config.control),
+        start.open_cleanliness(),
     )
 
 
@@ -310,7 +318,11 @@ def build_on(
     if recipe.ablation == "no-lora":
         sampling = replace(sampling, t_start=1.0, steps=20)
     config = replace(base.config, name=recipe.name, control=control, sampling=sampling)
-    networks = Networks(transformer, controlnet, context, text_encoder, autoencoder, lora, dit, config)
+    cleanliness = None
+    if JUDGE[0] in stage.trains:
+        cleanliness = None if recipe.fresh else source.open_cleanliness()
+        cleanliness = cleanliness or Cleanliness()
+    networks = Networks(transformer, controlnet, context, text_encoder, autoencoder, lora, dit, config, cleanliness)
     networks.to(device, dtype)
     return networks
 

@@ -17,6 +17,7 @@ from dreamsr_cli.counting import TextSizes
 from dreamsr_cli.errors import WeightsError
 from dreamsr_cli.models.autoencoder import PatchAutoencoder
 from dreamsr_cli.models.bundle import CONFIG_FILE, Bundle, open_bundle, read_config
+from dreamsr_cli.models.cleanliness import Cleanliness
 from dreamsr_cli.models.conditioned_dit import ConditionedDiT
 from dreamsr_cli.models.context_attention import ContextAttention
 from dreamsr_cli.models.discriminator import Discriminator
@@ -77,6 +78,8 @@ class PartConfigs:
     lora_rank: int
     text_tokens: int
     """Longest prompt."""
+    cleanliness: bool = False
+    """Whether there is a judge of photos."""
 
 
 def configs_for(recipe: Recipe, stage: Stage, model: str | None = None) -> PartConfigs:
@@ -102,6 +105,7 @@ def configs_for(recipe: Recipe, stage: Stage, model: str | None = None) -> PartC
         text_branch=control.text and recipe.ablation != "no-text-branch",
         lora_rank=int(_read(bundle, "lora", "adapter_config.json")["r"]) if own_rank else recipe.sizes.lora_rank,
         text_tokens=bundle.config.defaults.max_text_tokens,
+        cleanliness=stage.judges or "cleanliness" in bundle.config.parts,
     )
 
 
@@ -155,6 +159,8 @@ class MetaNetworks:
     """None: FLUX's, which only count."""
     discriminator: Discriminator
     perceptual: nn.Module | None
+    cleanliness: Cleanliness | None = None
+    """None where neither the bundle nor the stage has it."""
 
     def parameters(self) -> dict[str, int]:
         """Parameters by part."""
@@ -169,6 +175,7 @@ class MetaNetworks:
             else TextSizes.from_configs({}, _CLIP, _T5).parameters,
             "discriminator": _count(self.discriminator),
             "perceptual": _count(self.perceptual),
+            "cleanliness": _count(self.cleanliness),
         }
         return {name: number for name, number in made.items() if number}
 
@@ -195,6 +202,7 @@ def build_meta(configs: PartConfigs, dtype: torch.dtype, perceptual: str = "none
         autoencoder = PatchAutoencoder(**_known(PatchAutoencoder, configs.vae)) if own else AutoencoderKL(**configs.vae)
         text = None if configs.text_encoder is None else ByteTextEncoder(**configs.text_encoder)
         discriminator = Discriminator()
+        judge = Cleanliness() if configs.cleanliness else None
         distance = None if perceptual == "none" else BACKBONES[perceptual].build().requires_grad_(False)
     for module in (transformer, controlnet, context, autoencoder):
         if module is not None:
@@ -202,7 +210,7 @@ def build_meta(configs: PartConfigs, dtype: torch.dtype, perceptual: str = "none
             nn.Module.to(module, dtype=dtype)
     dit = ConditionedDiT(transformer, context, configs.control_map, mask_pads=own)
     return MetaNetworks(
-        configs, transformer, controlnet, context, dit, lora, autoencoder, text, discriminator, distance
+        configs, transformer, controlnet, context, dit, lora, autoencoder, text, discriminator, distance, judge
     )
 
 

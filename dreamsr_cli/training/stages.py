@@ -1,7 +1,8 @@
 """Stages are data: which parts train in which kind of step, and what a step is made of (method.md, Training).
 
-Stages `autoencoder` and `backbone` make a bundle that has no pretrained prior (decisions.md). The other three are the
-paper's: the transformer is frozen, and only the MM-ControlNet (texture steps) and the LoRA (removal steps) learn.
+Stages `autoencoder` and `backbone` make a bundle that has no pretrained prior (decisions.md). Stage `cleanliness`
+trains what judges photos. The other three are the paper's: the transformer is frozen, and only the MM-ControlNet
+(texture steps) and the LoRA (removal steps) learn.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dreamsr_cli.draws import generator
 CONTROL = ("controlnet", "context_attention")
 """Parts of the MM-ControlNet, as a bundle names them."""
 LORA = ("lora",)
+JUDGE = ("cleanliness",)
+"""What tells clean photos from damaged ones."""
 EVERYTHING = ("transformer", *CONTROL, "text_encoder", "refiner", "lora")
 
 
@@ -27,7 +30,7 @@ class Stage:
     learners: dict[str, tuple[str, ...]]
     """For each kind of step the parts that learn in it, with an AdamW of their own. Kinds: "reconstruct" (clean crops
     through encode and decode), "texture" (eq. 5 and 6, LoRA off), "removal" (eq. 7, LoRA on), "both" (a removal part,
-    then a texture part on the same crops, one loss)."""
+    then a texture part on the same crops, one loss), "judge" (bad crops alone: clean or damaged)."""
     fit_transform: bool = False
     """Fit the patch transform in closed form before the first step."""
     prior: bool = True
@@ -40,8 +43,13 @@ class Stage:
 
     @property
     def restore(self) -> bool:
-        """Whether the networks take part, beside the autoencoder."""
-        return "reconstruct" not in self.learners
+        """Whether the networks take part that make pictures, beside the autoencoder."""
+        return "reconstruct" not in self.learners and not self.judges
+
+    @property
+    def judges(self) -> bool:
+        """Whether its steps only look at bad crops."""
+        return "judge" in self.learners
 
     @property
     def removes(self) -> bool:
@@ -61,6 +69,7 @@ STAGES = {
         Stage("backbone", "every network at once, from nothing", {"both": EVERYTHING}, prior=False),
         Stage("controlnet", "texture: the MM-ControlNet", {"texture": CONTROL}),
         Stage("restoration", "removal: the LoRA", {"removal": LORA}),
+        Stage("cleanliness", "whether a photo is clean, for --consistency", {"judge": JUDGE}),
         Stage("joint", "texture or removal, drawn step by step", {"texture": CONTROL, "removal": LORA}),
     )
 }

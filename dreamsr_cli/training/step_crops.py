@@ -78,6 +78,8 @@ def on_device(batch: Batch, device: torch.device) -> Crops:
         batch.global_texts,
         None if batch.erased_BCPQ is None else batch.erased_BCPQ.to(device),
         batch.first,
+        batch.lq_BCPQ.to(device),
+        tuple(batch.clean),
     )
 
 
@@ -91,13 +93,14 @@ def plan_of_step(recipe: Recipe, step: int) -> int:
     return len(recipe.data.crops) - 1
 
 
-def crop_settings(recipe: Recipe, plan: int, held_out: bool = False) -> CropSettings:
-    """Settings of the crops of one plan; plans draw from different seeds."""
+def crop_settings(recipe: Recipe, plan: int, held_out: bool = False, mixed: bool = False) -> CropSettings:
+    """Settings of the crops of one plan; plans draw from different seeds. Held-out crops have one preset, unless
+    `mixed`."""
     data = recipe.data
     return CropSettings(
         crop=data.crops[plan].size,
         preset=data.preset,
-        mix=() if held_out else tuple(sorted(data.mix.items())),
+        mix=() if held_out and not mixed else tuple(sorted(data.mix.items())),
         usm=data.sharpen,
         seed=recipe.seed + 1000 * plan,
         dead_leaves=0.0 if held_out else data.dead_leaves,

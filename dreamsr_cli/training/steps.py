@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dreamsr_cli import flow
@@ -19,6 +20,7 @@ from dreamsr_cli.config import SamplingConfig
 from dreamsr_cli.draws import generator
 from dreamsr_cli.errors import TrainingError
 from dreamsr_cli.losses import hinge_generator, lattice_strength, pixel_loss, removal_loss, velocity_loss
+from dreamsr_cli.models.cleanliness import LEAST_SIDE
 from dreamsr_cli.models.conditioned_dit import Injections
 from dreamsr_cli.models.perceptual import Perceptual, on_window
 from dreamsr_cli.models.text_encoder import ByteTextEncoder, TextEmbedding, stack
@@ -50,6 +52,10 @@ class Crops:
     """Good crops without their texture, in [0, 1]; None where the data have none."""
     first: int = 0
     """Index of the first crop in the global batch: what draws depend on, with the step."""
+    lq: Tensor | None = None
+    """Bad crops as they are, in [0, 1]; for "judge" steps."""
+    clean: tuple[bool | None, ...] = ()
+    """For each crop whether its bad version is the good one shrunk and nothing else; None: nobody knows."""
 
 
 class Outcome(NamedTuple):
@@ -151,6 +157,8 @@ def run_step(
             return texture_step(networks, recipe, perceptual, crops)
         case "both":
             return restoration_step(networks, recipe, perceptual, critic, crops)
+        case "judge":
+            return judge_step(networks, crops)
     raise ValueError(f"no step of kind {kind!r}")
 
 
@@ -197,6 +205,28 @@ def restoration_step(
     texture = _texture(networks, recipe, perceptual, second, crops, z_0, target, z_dr.detach(), local, glob)
     judged = texture if recipe.renoised_share else removal
     return Outcome(removal.loss + texture.loss, removal.terms | texture.terms, judged.fake, judged.real)
+
+
+def judge_step(networks: Networks, crops: Crops) -> Outcome:
+    """A step of stage `cleanliness`: cross-entropy of "this bad crop is clean". Raises `TrainingError` for crops whose
+    degradation isn't known."""
+    if networks.cleanliness is None or crops.lq is None:
+        raise ValueError("a judge step needs the judge and bad crops at their own size")
+    if None in crops.clean:
+        raise TrainingError(
+            "pairs on disk don't say how they were degraded, so nothing can be learnt about that from them",
+            "give --data a folder of good photos",
+        )
+    if min(crops.lq.shape[2:]) < LEAST_SIDE:
+        raise TrainingError(
+            f"bad crops of {crops.lq.shape[3]} pixels are too small to be judged",
+            "--set 'data.crops=[{size=256,batch=16,share=1.0}]'",
+        )
+    clean_B = torch.tensor(crops.clean, dtype=torch.float32, device=crops.lq.device)
+    logit_B = networks.cleanliness(crops.lq).float()
+    loss = F.binary_cross_entropy_with_logits(logit_B, clean_B)
+    right = ((logit_B > 0) == (clean_B > 0)).float().mean()
+    return Outcome(loss, {"judge_entropy": loss.detach(), "judge_right": right.detach()})
 
 
 def _encoded(networks: Networks, crops: Crops) -> tuple[Tensor, Tensor, Tensor]:

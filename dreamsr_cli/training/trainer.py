@@ -271,6 +271,8 @@ def _losses(stage: Stage, recipe: Recipe) -> str:
     loss, weight = recipe.loss, gan_weight(recipe, stage)
     perceptual = loss.perceptual != "none"
     words, lattice = [], [f"{loss.lattice:g} · lattice (ours)"] * (loss.lattice > 0)
+    if stage.judges:
+        return "cross-entropy of clean against damaged"
     if not stage.restore:
         return "Charbonnier on the round trip of clean crops"
     if stage.removes:

@@ -13,11 +13,13 @@ from dreamsr_cli.training.networks import Networks
 from dreamsr_cli.training.recipe import Recipe
 from dreamsr_cli.training.sources import Source
 from dreamsr_cli.training.stages import Stage
-from dreamsr_cli.training.step_crops import crop_settings
-from dreamsr_cli.training.steps import draw_texture, encode_texts, remove, texture_velocity
+from dreamsr_cli.training.step_crops import crop_settings, on_device
+from dreamsr_cli.training.steps import draw_texture, encode_texts, judge_step, remove, texture_velocity
 
 CROPS = 16
 """Held-out crops of the first plan's size."""
+JUDGED = 96
+"""Held-out crops for a judge, which needs many and takes little time for each."""
 BATCH = 8
 """Crops at once, at most."""
 TEXTURE_T = (0.2, 0.8)
@@ -30,9 +32,12 @@ def validate(
 ) -> dict[str, float]:
     """Mean PSNR in dB (RGB, peak 1) and perceptual distance of the enlarged input ("cubic") and of stage 1
     ("removed") and of both stages ("textured"), and the mean squared error of the predicted clean latent at fixed
-    times; for stage autoencoder the round trip's PSNR. Called under the run's mixed precision."""
+    times; for stage autoencoder the round trip's PSNR, for stage cleanliness how often and how surely it is right.
+    Called under the run's mixed precision."""
     plan = recipe.data.crops[0]
     settings, sampling = crop_settings(recipe, 0, held_out=True), networks.config.sampling
+    if stage.judges:
+        return _judged(networks, recipe, source)
     figures: dict[str, list[float]] = {}
 
     def add(name: str, value: torch.Tensor | float) -> None:
@@ -82,6 +87,24 @@ def validate(
             add("textured_perceptual", perceptual(textured, hq).mean())
     stream.close()
     return {name: sum(values) / len(values) for name, values in figures.items()}
+
+
+def _judged(networks: Networks, recipe: Recipe, source: Source) -> dict[str, float]:
+    """Of a judge's opinions on held-out crops, degraded as training crops are: the mean cross-entropy, and the shares
+    of clean and of damaged crops that it takes for what they are."""
+    settings = crop_settings(recipe, 0, held_out=True, mixed=True)
+    stream = batches(source, settings, JUDGED, workers=0)
+    batch = next(stream)
+    stream.close()
+    outcome = judge_step(networks, on_device(batch, networks.device))
+    assert networks.cleanliness is not None
+    clean = torch.tensor([bool(known) for known in batch.clean])
+    taken = networks.cleanliness(batch.lq_BCPQ.to(networks.device)).cpu() > 0
+    figures = {"judge_entropy": float(outcome.loss)}
+    for name, those, right in (("clean_right", clean, taken), ("damaged_right", ~clean, ~taken)):
+        if those.any():
+            figures[name] = float(right[those].float().mean())
+    return figures
 
 
 def _psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,50 @@
+"""Consistency: the result, shrunk to the photo's size, agrees with the photo.
+
+A small photo that nothing but its size is wrong with says exactly what the result must average to. One step of
+iterative back-projection (Irani and Peleg 1991) takes it at its word: what the photo has and the shrunk result hasn't
+is enlarged and added. For a damaged photo that would bring the damage back, so how much is added is for people to say.
+
+Axes: P Q pixel rows and columns, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from dreamsr_cli.canvas import EnlargedPhoto
+from dreamsr_cli.resample import resize_rows
+
+ReadRows = Callable[[int, int], np.ndarray]
+
+
+class ConsistentRows:
+    """Rows of a result that agree with its photo by `amount`, 0 (as the result is) to 1 (all that one step can do).
+
+    Shrunk and enlarged by the antialiased cubic, which is local: rows come out the same whatever is asked for with
+    them, and depend on about four of the photo's pixels more on either side.
+    """
+
+    def __init__(self, read_result: ReadRows, enlarged: EnlargedPhoto, amount: float) -> None:
+        """`read_result(top, bottom)` gives float32 rows (rows, width, 3), about [0, 1], of the size of `enlarged`."""
+        self._read_result, self._enlarged, self.amount = read_result, enlarged, amount
+
+    def read_rows(self, top: int, bottom: int) -> np.ndarray:
+        """Rows [top, bottom), float32 (rows, width, 3), about [0, 1], not clipped."""
+        rows_PQC = self._read_result(top, bottom)
+        if not self.amount:
+            return rows_PQC
+        info, large = self._enlarged.photo.info, self._enlarged
+        missing_PQC = resize_rows(self._missing, info.height, info.width, large.height, large.width, top, bottom)
+        return rows_PQC + np.float32(self.amount) * missing_PQC
+
+    def _missing(self, top: int, bottom: int) -> np.ndarray:
+        """Rows [top, bottom) of the photo less the shrunk result."""
+        info, large = self._enlarged.photo.info, self._enlarged
+        shrunk_PQC = resize_rows(self._clipped, large.height, large.width, info.height, info.width, top, bottom)
+        return self._enlarged.photo.read_rows(top, bottom) - shrunk_PQC
+
+    def _clipped(self, top: int, bottom: int) -> np.ndarray:
+        """The result as a file will hold it."""
+        return np.clip(self._read_result(top, bottom), 0, 1)
