@@ -23,6 +23,8 @@ from dreamsr_cli.plain_data import from_dict, to_dict
 from dreamsr_cli.training.run_bundle import export
 
 TENSORS = "diffusion_pytorch_model.safetensors"
+PICTURES = tuple(part for part in PARTS if part != "cleanliness")
+"""What every bundle has; the judge of photos is extra (test_cleanliness.py)."""
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +69,7 @@ def test_config_survives_the_round_trip(tiny_bundle) -> None:
     config = read_config(tiny_bundle)
     assert json.loads(json.dumps(to_dict(config))) == data
     assert from_dict(BundleConfig, to_dict(config), "here") == config
-    assert config.control.map == (0, None) and set(config.parts) == set(PARTS)
+    assert config.control.map == (0, None) and set(config.parts) == set(PICTURES)
     assert config.latent.channels == 8 and config.defaults.tile == 64
 
 
@@ -162,7 +164,7 @@ def test_a_pickle_in_a_part_is_refused(folder, name) -> None:
         open_all(folder)
 
 
-@pytest.mark.parametrize("part", [p for p in PARTS if p != "lora"])
+@pytest.mark.parametrize("part", [p for p in PICTURES if p != "lora"])
 @pytest.mark.parametrize("wrong", ["missing", "extra", "truncated", "shape", "no config"])
 def test_weights_that_do_not_fit_are_refused(folder, part, wrong) -> None:
     path = folder / part / TENSORS
@@ -209,7 +211,7 @@ def test_the_hash_belongs_to_the_content_not_to_the_place(tiny_bundle, folder, t
     (tmp_path / "run").mkdir()
     moved = folder.rename(tmp_path / "run" / "bundle")
     assert open_bundle(str(tmp_path / "run")).sha256 == first
-    for part in PARTS:
+    for part in PICTURES:
         path = next((moved / part).glob("*.safetensors"))
         raw = bytearray(path.read_bytes())
         raw[-1] ^= 1

@@ -19,7 +19,7 @@ from training_data import save_photos
 from dreamsr_cli.config import OutputConfig, UpscaleConfig
 from dreamsr_cli.degradations import pixel
 from dreamsr_cli.engine import UpscaleResult, upscale
-from dreamsr_cli.errors import TrainingError
+from dreamsr_cli.errors import TrainingError, WeightsError
 from dreamsr_cli.models.bundle import PARTS, Bundle, open_bundle
 from dreamsr_cli.models.cleanliness import LEAST_SIDE, WINDOW, Cleanliness, chance_of_clean, fine_detail
 from dreamsr_cli.photo_job import LEAST_CHANCE
@@ -141,12 +141,11 @@ def test_the_stages_that_train_pictures_keep_the_judge(trained, photos, tmp_path
     """Of the paper's stages the result refers to it, a warm-started backbone takes it along."""
     before = load_file(trained / "bundle" / "cleanliness" / "diffusion_pytorch_model.safetensors")
     recipe = replace(RECIPE, condition="removed", steps=1)
-    for stage, settings in (
-        ("controlnet", {"model": str(trained / "bundle")}),
-        ("backbone", {"init_from": str(trained / "bundle")}),
-    ):
+    judged = str(trained / "bundle")
+    for stage, model, start in (("controlnet", judged, None), ("backbone", None, judged)):
         out = tmp_path / stage
-        train(TrainJob(STAGES[stage], recipe, "tiny.toml", photos, out, device=CPU, **settings), SilentProgress())
+        begun = TrainJob(STAGES[stage], recipe, "tiny.toml", photos, out, model, start, device=CPU)
+        train(begun, SilentProgress())
         judge = open_bundle(None, str(out)).open_cleanliness()
         assert judge is not None
         assert all(torch.equal(value, before[name].float()) for name, value in judge.state_dict().items())
@@ -213,6 +212,20 @@ def test_a_photo_has_as_much_say_as_it_looks_clean(trained, tiny_bundle, tmp_pat
     pictures = [np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("off", "damaged", "without")]
     assert all(np.array_equal(picture, pictures[0]) for picture in pictures)
     assert not np.array_equal(np.asarray(Image.open(tmp_path / "clean.png")), pictures[0])
+
+
+@pytest.mark.parametrize("wrong", ["truncated", "another shape"])
+def test_a_damaged_judge_is_refused(trained, tmp_path, wrong) -> None:
+    bundle = bundle_that_says(tmp_path / "bundle", trained, 0.0)
+    file = bundle.folder / "cleanliness" / "diffusion_pytorch_model.safetensors"
+    if wrong == "truncated":
+        file.write_bytes(file.read_bytes()[:-50])
+    else:
+        save_file({**load_file(file), "exit.bias": torch.zeros(2)}, file, {"format": "pt"})
+    source = next((save_photos(tmp_path / "photos", 1)).iterdir())
+    with pytest.raises(WeightsError, match="cleanliness"):
+        run(bundle, source, tmp_path / "result.png")
+    assert not (tmp_path / "result.png").exists()
 
 
 @pytest.mark.parametrize("name", ["astronaut", "coffee", "chelsea"])

@@ -178,10 +178,11 @@ def test_too_few_photos(job, tmp_path) -> None:
 
 def test_a_stage_changes_what_it_trains_and_nothing_else(job, tiny_bundle) -> None:
     """From one bundle: the autoencoder stage leaves the networks alone, the backbone stage changes every part."""
-    for stage, changed in (("autoencoder", {"vae"}), ("backbone", set(PARTS))):
+    pictures = [part for part in PARTS if part != "cleanliness"]
+    for stage, changed in (("autoencoder", {"vae"}), ("backbone", set(pictures))):
         result = go(job(stage, stage, init_from=str(tiny_bundle)))
         found = set()
-        for part in PARTS:
+        for part in pictures:
             (file,) = (tiny_bundle / part).glob("*.safetensors")
             before, after = load_file(file), load_file(result.bundle / part / file.name)
             assert before.keys() == after.keys()
