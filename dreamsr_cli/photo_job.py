@@ -55,6 +55,8 @@ class Order:
 LEAST_CHANCE = 0.75
 """Below this chance of being clean a photo has no say: damage that comes back costs more than a clean photo gains, and
 few photos lie between."""
+LEAST_FACTOR = 2.0
+"""Enlarged by less, the photo's say would leave hardly any room for texture; at its own size none."""
 UNSEEN = ("memory", "tile_auto", "fit_batch")
 """Settings that say how others were chosen, and decide no byte themselves."""
 
@@ -192,8 +194,10 @@ class PhotoJob:
         """How far the result is made to agree with the photo: what was asked for, or what the photo looks like, which
         from then on stands in the settings. A function of photo and bundle, so a resumed run settles on the same."""
         if self.settings.consistency is None:
-            network, info = self.bundle.open_cleanliness(), self.photo.info
-            chance = chance_of_clean(network, self.photo.read_rows, info.height, info.width) if network else 0.0
+            info, chance = self.photo.info, 0.0
+            network = self.bundle.open_cleanliness() if self.work.width >= LEAST_FACTOR * info.width else None
+            if network is not None:
+                chance = chance_of_clean(network, self.photo.read_rows, info.height, info.width)
             amount = chance if chance >= LEAST_CHANCE else 0.0
             self.settings = dataclasses.replace(self.settings, consistency=amount)
             if amount:

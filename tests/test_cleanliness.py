@@ -205,6 +205,7 @@ def test_a_photo_has_as_much_say_as_it_looks_clean(trained, tiny_bundle, tmp_pat
     typed = run(clean, source, tmp_path / "typed.png", consistency=0.95)
     assert (tmp_path / "typed.png").read_bytes() == (tmp_path / "clean.png").read_bytes()
     assert typed.to_json()["consistency"] == 0.95
+    assert run(clean, source, tmp_path / "little.png", scale=1.9).to_json()["consistency"] == 0.0
     off = run(clean, source, tmp_path / "off.png", consistency=0.0)
     damaged = run(bundle_that_says(tmp_path / "damaged", trained, -3.0), source, tmp_path / "damaged.png")
     without = run(open_bundle(str(tiny_bundle)), source, tmp_path / "without.png")
