@@ -118,7 +118,7 @@ def test_it_goes_on_as_if_never_stopped() -> None:
 
 def test_lambda_2_is_the_papers_in_the_papers_stages() -> None:
     weights = {name: gan_weight(RECIPE, stage) for name, stage in STAGES.items()}
-    assert weights == {"autoencoder": 0, "backbone": 0, "controlnet": 0, "restoration": 0.5, "joint": 0.5}
+    assert {name: weight for name, weight in weights.items() if weight} == {"restoration": 0.5, "joint": 0.5}
     own = replace(RECIPE, loss=replace(RECIPE.loss, gan=0.1))
     assert gan_weight(own, STAGES["backbone"]) == 0.1 and gan_weight(own, STAGES["controlnet"]) == 0
     assert isinstance(Discriminator(), torch.nn.Module)
