@@ -27,6 +27,8 @@ LIBRARIES = 450 * 2**20
 STRIPS_AT_ONCE = 12
 """Decoded or enlarged float strips that live at the same time, with the resampler's temporaries and the strip that
 waits for the thread that writes, about."""
+CONSISTENT_STRIPS = 4
+"""More of them where the result may have to agree with its photo [measured: 3.5]."""
 STRIPS_KEPT = 4
 """Decoded strips that aren't decoded again when they are read twice (`DecodedCanvas.KEPT`)."""
 SPILLED_BLOCK = 64 * 2**20
@@ -66,6 +68,8 @@ class Settings(Protocol):
     def captioner(self) -> str: ...
     @property
     def color_fix(self) -> str: ...
+    @property
+    def consistency(self) -> float | None: ...
     @property
     def quantize(self) -> str: ...
     @property
@@ -300,6 +304,7 @@ class Workload:
         """
         coder = self.sizes.autoencoder
         strip_rows = min(self.limits.strip_rows + 2 * coder.halo, self.grid.canvas_height)
+        consistent = CONSISTENT_STRIPS if self.settings.consistency != 0 else 0
         phases = self.phases()
         text, restore, decode = (phases[name] for name in ("text", "restore", "decode"))
         parts = {
@@ -310,7 +315,7 @@ class Workload:
             "activations": restore.working,
             # A band of the canvas: float64 sums, and float32 source, velocity and result.
             "rows": coder.channels * self.grid.tile_height * self.grid.canvas_width // STRIDE**2 * (8 + 3 * 4),
-            "strips": STRIPS_AT_ONCE * strip_rows * width * 3 * 4,
+            "strips": (STRIPS_AT_ONCE + consistent) * strip_rows * width * 3 * 4,
             "decoding": decode.working,
         }
         if self.machine.device == "cpu":

@@ -23,7 +23,8 @@ EPILOG = (
 
 def command(
     stage: Annotated[
-        str | None, typer.Option("--stage", help="autoencoder, backbone, controlnet, restoration or joint.")
+        str | None,
+        typer.Option("--stage", help="autoencoder, backbone, controlnet, restoration, joint or cleanliness."),
     ] = None,
     config: Annotated[
         str | None, typer.Option("--config", help="Recipe: mini, flux, or a TOML file. Default: the run's, or mini.")

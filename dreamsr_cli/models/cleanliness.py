@@ -4,7 +4,7 @@ Noise, blur and JPEG show in the fine detail alone, and most where there is leas
 the photo without its coarse part, and of what each finds only four figures go on: its energy on average and in quiet,
 middling and busy places. What the photo shows plays hardly any part, and a few thousand weights do.
 
-Axes: B batch, C channels, P Q pixel rows and columns of the small photo, F figures.
+Axes: B batch, C channels, P Q pixel rows and columns of the small photo, N cells of 8x8 pixels.
 """
 
 from __future__ import annotations

@@ -30,10 +30,9 @@ def sample_rows(networks: Networks, recipe: Recipe, source: Source, stage: Stage
     stream.close()
     autoencoder, sampling = networks.autoencoder, networks.config.sampling
     shown = {"LQ": crops.lq_up, "HQ": crops.hq}
-    if stage.judges:
-        pass
-    elif not stage.restore:
-        shown["round trip"] = autoencoder.decode(autoencoder.encode(crops.hq * 2 - 1)) / 2 + 0.5
+    if not stage.restore:
+        if not stage.judges:
+            shown["round trip"] = autoencoder.decode(autoencoder.encode(crops.hq * 2 - 1)) / 2 + 0.5
     else:
         glob = encode_texts(networks, crops.global_texts)
         local = encode_texts(networks, crops.local_texts) if networks.config.control.text else glob

@@ -69,8 +69,8 @@ STAGES = {
         Stage("backbone", "every network at once, from nothing", {"both": EVERYTHING}, prior=False),
         Stage("controlnet", "texture: the MM-ControlNet", {"texture": CONTROL}),
         Stage("restoration", "removal: the LoRA", {"removal": LORA}),
-        Stage("cleanliness", "whether a photo is clean, for --consistency", {"judge": JUDGE}),
         Stage("joint", "texture or removal, drawn step by step", {"texture": CONTROL, "removal": LORA}),
+        Stage("cleanliness", "whether a photo is clean, for --consistency", {"judge": JUDGE}),
     )
 }
 

@@ -208,8 +208,16 @@ def restoration_step(
 
 
 def judge_step(networks: Networks, crops: Crops) -> Outcome:
-    """A step of stage `cleanliness`: cross-entropy of "this bad crop is clean". Raises `TrainingError` for crops whose
-    degradation isn't known."""
+    """A step of stage `cleanliness`: cross-entropy of "this bad crop is clean". Raises as `judged` does."""
+    logit_B, clean_B = judged(networks, crops)
+    loss = F.binary_cross_entropy_with_logits(logit_B, clean_B)
+    right = ((logit_B > 0) == (clean_B > 0)).float().mean()
+    return Outcome(loss, {"judge_entropy": loss.detach(), "judge_right": right.detach()})
+
+
+def judged(networks: Networks, crops: Crops) -> tuple[Tensor, Tensor]:
+    """(logit_B, clean_B), float32: what the judge says of each bad crop, and the truth, 0 or 1. Raises `TrainingError`
+    for crops whose degradation isn't known, or that are too small."""
     if networks.cleanliness is None or crops.lq is None:
         raise ValueError("a judge step needs the judge and bad crops at their own size")
     if None in crops.clean:
@@ -223,10 +231,7 @@ def judge_step(networks: Networks, crops: Crops) -> Outcome:
             "--set 'data.crops=[{size=256,batch=16,share=1.0}]'",
         )
     clean_B = torch.tensor(crops.clean, dtype=torch.float32, device=crops.lq.device)
-    logit_B = networks.cleanliness(crops.lq).float()
-    loss = F.binary_cross_entropy_with_logits(logit_B, clean_B)
-    right = ((logit_B > 0) == (clean_B > 0)).float().mean()
-    return Outcome(loss, {"judge_entropy": loss.detach(), "judge_right": right.detach()})
+    return networks.cleanliness(crops.lq).float(), clean_B
 
 
 def _encoded(networks: Networks, crops: Crops) -> tuple[Tensor, Tensor, Tensor]:

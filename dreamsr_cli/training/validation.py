@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 
 from dreamsr_cli import flow
 from dreamsr_cli.models.perceptual import Perceptual
@@ -14,7 +15,7 @@ from dreamsr_cli.training.recipe import Recipe
 from dreamsr_cli.training.sources import Source
 from dreamsr_cli.training.stages import Stage
 from dreamsr_cli.training.step_crops import crop_settings, on_device
-from dreamsr_cli.training.steps import draw_texture, encode_texts, judge_step, remove, texture_velocity
+from dreamsr_cli.training.steps import draw_texture, encode_texts, judged, remove, texture_velocity
 
 CROPS = 16
 """Held-out crops of the first plan's size."""
@@ -96,14 +97,12 @@ def _judged(networks: Networks, recipe: Recipe, source: Source) -> dict[str, flo
     stream = batches(source, settings, JUDGED, workers=0)
     batch = next(stream)
     stream.close()
-    outcome = judge_step(networks, on_device(batch, networks.device))
-    assert networks.cleanliness is not None
-    clean = torch.tensor([bool(known) for known in batch.clean])
-    taken = networks.cleanliness(batch.lq_BCPQ.to(networks.device)).cpu() > 0
-    figures = {"judge_entropy": float(outcome.loss)}
-    for name, those, right in (("clean_right", clean, taken), ("damaged_right", ~clean, ~taken)):
-        if those.any():
-            figures[name] = float(right[those].float().mean())
+    logit_B, clean_B = judged(networks, on_device(batch, networks.device))
+    figures = {"judge_entropy": float(F.binary_cross_entropy_with_logits(logit_B, clean_B))}
+    for name, truth in (("clean_right", True), ("damaged_right", False)):
+        those = logit_B[(clean_B > 0) == truth]
+        if len(those):
+            figures[name] = float(((those > 0) == truth).float().mean())
     return figures
 
 
