@@ -206,13 +206,16 @@ def test_strips_give_the_cells_of_the_whole() -> None:
         CellMeans(0, 4)
 
 
-@pytest.mark.parametrize(("shape", "limit"), [((256, 256), 0.004), ((1440, 2560), 0.030)])
-def test_describing_is_quick(shape: tuple[int, int], limit: float) -> None:
-    """Best of several, so that a busy machine doesn't fail it; typical: 2 ms and 5 ms."""
-    rgb_PQC = generator(5, "quick").random((*shape, 3), dtype=np.float32)
-    times = []
-    for _ in range(12):
-        start = time.perf_counter()
-        Describer().describe(rgb_PQC)
-        times.append(time.perf_counter() - start)
-    assert min(times) < limit
+def test_describing_a_large_photo_costs_little_more() -> None:
+    """56 times the pixels, 2 to 3 times the work: after the first means everything is on a small grid."""
+
+    def cost(height: int, width: int) -> float:
+        rgb_PQC = generator(5, "quick").random((height, width, 3), dtype=np.float32)
+        times = []
+        for _ in range(12):
+            start = time.perf_counter()
+            Describer().describe(rgb_PQC)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert cost(1440, 2560) < 15 * cost(256, 256)

@@ -242,7 +242,7 @@ def test_a_run_without_a_probe_counts_against_the_next_one(bundle):
 def test_a_huge_photo_is_planned_without_torch_and_in_little_memory(tiny_bundle):
     source = empty_tiff(Path("huge.tif"), 30_000)
     code = f"""
-import json, resource, sys, time
+import json, resource, sys
 from pathlib import Path
 from dreamsr_cli.bundle_sizes import read_sizes
 from dreamsr_cli.config import BundleConfig, OutputConfig
@@ -258,19 +258,19 @@ settings = SimpleNamespace(scale=4.0, long_side=None, short_side=None, tile=512,
                            removal=True, tile_batch=4, prompt=None, captioner="describe", color_fix="wavelet",
                            quantize="none", offload="none", tiling="overlap", fit_batch=False, text_bucket=None,
                            memory=None, consistency=None)
-begin, used = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 made = plan(Path({str(source)!r}), read_info(Path({str(source)!r})), Path("huge_x4.tif"), settings, OutputConfig(),
             read_sizes(config, lambda name: folder / name), Machine("cpu", "x", "bf16", 1, None, None, None),
             Limits(256, 2**29)).to_json()
 assert "torch" not in sys.modules
-print(json.dumps([made, time.process_time() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used]))
+print(json.dumps([made, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used]))
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    made, seconds, kilobytes = json.loads(done.stdout)
+    made, kilobytes = json.loads(done.stdout)
     assert (made["width"], made["height"], made["tiles"]) == (120_000, 120_000, 268 * 268)
     assert any("--max-pixels" in reason for reason in made["stops_because"])
-    assert seconds < 10 and kilobytes < 200_000
+    assert kilobytes < 200_000
 
 
 def test_a_dry_run_needs_no_weights_and_writes_nothing(tiny_bundle, tmp_path, capsys):
