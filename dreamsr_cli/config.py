@@ -218,9 +218,10 @@ class UpscaleConfig:
     """"wavelet", "adain" or "none"."""
     consistency: float | None = None
     """How far the result, shrunk to the photo's size, is made to agree with it: 0 not, 1 as far as one step can. None:
-    as far as the photo looks clean to the bundle, 0 where that can't tell."""
+    as far as the photo looks clean to the bundle, 0 where that can't tell. From 0.75 on the photo counts as clean."""
     removal: bool | None = None
-    """Run stage 1; False starts texture from z_lq (ablation); None: if the bundle has a Restoration LoRA."""
+    """Run stage 1; False starts texture from z_lq (ablation); None: if the bundle has a Restoration LoRA, and for clean
+    photos its enlarger instead."""
     precision: str = "auto"
     """"auto", "fp32", "bf16" or "fp16": dtype of the networks. auto: bf16 where the device computes it natively,
     else fp32."""

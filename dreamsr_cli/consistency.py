@@ -3,7 +3,7 @@
 A small photo that nothing but its size is wrong with says exactly what the result must average to. One step of
 iterative back-projection (Irani and Peleg 1991) takes it at its word: what the photo has and the shrunk result hasn't
 is enlarged and added. For a damaged photo that would bring the damage back, so how much is added depends on what the
-photo looks like (`models/cleanliness.py`, `PhotoJob.settle_consistency`), or on what people say.
+photo looks like (`models/cleanliness.py`, `looks.py`), or on what people say.
 
 Axes: P Q pixel rows and columns, C channels.
 """

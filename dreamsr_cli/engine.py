@@ -17,14 +17,15 @@ from dreamsr_cli.captioning import WEIGHTLESS, Captioner
 from dreamsr_cli.config import CaptionConfig, OutputConfig, UpscaleConfig
 from dreamsr_cli.device import choose_device, choose_dtype, dtype_name
 from dreamsr_cli.errors import DeviceError
-from dreamsr_cli.images import PhotoInfo, read_info
+from dreamsr_cli.images import Photo, PhotoInfo, read_info
+from dreamsr_cli.looks import settle_looks
 from dreamsr_cli.machine import describe_machine
 from dreamsr_cli.models.bundle import Bundle
 from dreamsr_cli.models.open_parts import TEXT_ENCODER, OpenParts
 from dreamsr_cli.models.quantization import MemoryMode
 from dreamsr_cli.photo_compute import restore, write_pixels
 from dreamsr_cli.photo_job import Order, PhotoJob, UpscaleResult, read_photo
-from dreamsr_cli.planning import Plan
+from dreamsr_cli.planning import Plan, target_size
 from dreamsr_cli.planning import plan as plan_work
 from dreamsr_cli.progress import Progress, SilentProgress
 from dreamsr_cli.residency import decide_residency, fits_beside
@@ -229,19 +230,27 @@ class Engine:
     def _open(self, order: Order, progress: Progress) -> PhotoJob:
         return read_photo(
             order,
-            lambda photo: self._plan(order, photo.info),
+            lambda photo: self._plan(order, photo.info, self._looks(order, photo, progress)),
             self.bundle,
             self.output,
             self._threads,
             progress,
         )
 
-    def _plan(self, order: Order, info: PhotoInfo) -> tuple[Plan, Settings]:
+    def _looks(self, order: Order, photo: Photo, progress: Progress) -> Settings:
+        """The settings with what the photo's looks decide."""
+        width, _ = target_size(order.photo, photo.info, self.settings)
+        settings, sentence = settle_looks(photo, width, self.settings, self.bundle)
+        if sentence is not None:
+            progress.note(f"{order.photo.name}: {sentence}")
+        return settings
+
+    def _plan(self, order: Order, info: PhotoInfo, settings: Settings | None = None) -> tuple[Plan, Settings]:
         """The photo's plan, and the settings with what only a photo decides."""
         machine = describe_machine(self.device, self.settings.precision, measure=False)
         about = (order.photo, info, order.out)
         known = (self._sizes, machine, self._limits)
-        settings, _ = settle_tile(self.settings, self._memory, *about, self.output, *known)
+        settings, _ = settle_tile(settings or self.settings, self._memory, *about, self.output, *known)
         work = plan_work(*about, settings, self.output, *known)
         return work, dataclasses.replace(settings, tile_batch=work.tile_batch) if settings.fit_batch else settings
 

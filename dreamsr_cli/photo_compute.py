@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from dreamsr_cli.backoff import WorkPlan, place_weights, settle
-from dreamsr_cli.canvas import STRIP, DecodedCanvas, encode
+from dreamsr_cli.canvas import STRIP, ClearPhoto, DecodedCanvas, encode
 from dreamsr_cli.colour import fix_strips, reads
-from dreamsr_cli.consistency import ConsistentRows
+from dreamsr_cli.consistency import ConsistentRows, ReadRows
 from dreamsr_cli.journal_files import RowFile
 from dreamsr_cli.models.compiling import compile_blocks, compile_errors, compiled_code
 from dreamsr_cli.models.open_parts import RESTORER, OpenParts
@@ -38,9 +38,12 @@ def restore(
     embed: Callable[[PhotoJob, Progress], tuple[Texts, bool]],
     progress: Progress,
     crew: Crew | None = None,
-) -> RowFile:
+) -> RowFile | None:
     """z_0 of the canvas: encode, remove, renoise, texture. Each network is opened for its turn, and freed after it
-    unless all fit. `embed` gives the photo's texts, and whether their padding is masked."""
+    unless all fit. `embed` gives the photo's texts, and whether their padding is masked. None for a clean photo that
+    gets no texture: its pixels come from the enlarger."""
+    if job.is_enlarged_only:
+        return None
     settings, journal, shape = job.settings, job.journal, job.shape
     last = texture_name(settings.steps) if settings.strength > 0 else "z_dr"
     if journal.has(last):
@@ -64,7 +67,8 @@ def restore(
     with _shared(None if settings.strength == 0 and not settings.removal else crew, setup, progress) as shared:
         if not journal.has("z_dr"):
             encoded = journal.piece("z_lq" if settings.removal else "z_dr", ENCODE, shape)
-            encode(job.enlarged, job.grid, parts.autoencoder(), encoded, parts.device, progress)
+            source = _clear(job, parts) if settings.enlarger else job.enlarged
+            encode(source, job.grid, parts.autoencoder(), encoded, parts.device, progress)
             parts.release()
         if journal.has(last):
             return journal.piece(last, ENCODE, shape).file
@@ -134,10 +138,11 @@ def _sample(
     return sampler.texture(z_dr, settings.strength, settings.steps, settings.seed, settings.guidance)
 
 
-def write_pixels(job: PhotoJob, parts: OpenParts, z_0: RowFile, progress: Progress, crew: Crew | None = None) -> None:
-    """Decode, fix colours and hand to the writer, strip by strip, from the first strip that isn't in the journal. One
-    strip is fixed and written while the next is decoded."""
-    consistency = job.settle_consistency(progress)
+def write_pixels(
+    job: PhotoJob, parts: OpenParts, z_0: RowFile | None, progress: Progress, crew: Crew | None = None
+) -> None:
+    """Decode (or enlarge, where z_0 is None), fix colours and hand to the writer, strip by strip, from the first strip
+    that isn't in the journal. One strip is fixed and written while the next is decoded."""
     settings, journal, enlarged, writer = job.settings, job.journal, job.enlarged, job.open_writer()
     start, height, width = journal.progress(PIXELS), enlarged.height, enlarged.width
 
@@ -157,13 +162,23 @@ def write_pixels(job: PhotoJob, parts: OpenParts, z_0: RowFile, progress: Progre
             journal.set_progress(PIXELS, top)
             journal.sync_sometimes(writer)
 
+    def write(read_result: ReadRows) -> None:
+        rows = ConsistentRows(read_result, enlarged, settings.consistency or 0.0)
+        wanted = reads(settings.color_fix, height, STRIP, start)
+        beside(((asked, rows.read_rows(*asked)) for asked in wanted), fix)
+
+    if z_0 is None:
+        write(_clear(job, parts, progress).read_rows)
+        return
     restored = settings.strength == 0
     decoders = DecodeSetup(BundleId.of(job.bundle), settings.device, settings.precision, width, restored)
     with _shared(crew, decoders, progress, STRIPS_WAITING) as shared:
         decoded = DecodedCanvas(z_0, width, parts.autoencoder(), parts.device, progress, shared, restored)
-        rows = ConsistentRows(decoded.read_rows, enlarged, consistency)
-        wanted = reads(settings.color_fix, height, STRIP, start)
-        beside(((asked, rows.read_rows(*asked)) for asked in wanted), fix)
+        write(decoded.read_rows)
+
+
+def _clear(job: PhotoJob, parts: OpenParts, progress: Progress | None = None) -> ClearPhoto:
+    return ClearPhoto(job.photo, job.work.width, job.work.height, parts.enlarger(), parts.device, progress)
 
 
 def _shared(

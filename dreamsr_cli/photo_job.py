@@ -26,7 +26,6 @@ from dreamsr_cli.images import Photo, open_photo
 from dreamsr_cli.journal import Journal, journal_folder
 from dreamsr_cli.models.autoencoder import STRIDE
 from dreamsr_cli.models.bundle import Bundle
-from dreamsr_cli.models.cleanliness import chance_of_clean
 from dreamsr_cli.photo_writer import PhotoWriter, check_canvas
 from dreamsr_cli.plain_data import to_dict
 from dreamsr_cli.planning import Plan, record_efficiency
@@ -52,11 +51,6 @@ class Order:
     """A file with this photo's prompts, which the captioner then doesn't make."""
 
 
-LEAST_CHANCE = 0.75
-"""Below this chance of being clean a photo has no say: damage that comes back costs more than a clean photo gains, and
-few photos lie between."""
-LEAST_FACTOR = 2.0
-"""Enlarged by less, the photo's say would leave hardly any room for texture; at its own size none."""
 UNSEEN = ("memory", "tile_auto", "fit_batch")
 """Settings that say how others were chosen, and decide no byte themselves."""
 
@@ -190,19 +184,10 @@ class PhotoJob:
         self._writer = self._files.enter_context(writer)
         return self._writer
 
-    def settle_consistency(self, progress: Progress) -> float:
-        """How far the result is made to agree with the photo: what was asked for, or what the photo looks like, which
-        from then on stands in the settings. A function of photo and bundle, so a resumed run settles on the same."""
-        if self.settings.consistency is None:
-            info, chance = self.photo.info, 0.0
-            network = self.bundle.open_cleanliness() if self.work.width >= LEAST_FACTOR * info.width else None
-            if network is not None:
-                chance = chance_of_clean(network, self.photo.read_rows, info.height, info.width)
-            amount = chance if chance >= LEAST_CHANCE else 0.0
-            self.settings = dataclasses.replace(self.settings, consistency=amount)
-            if amount:
-                progress.note(f"{self.photo.path.name}: looks clean ({chance:.0%}), so the result keeps to it")
-        return self.settings.consistency or 0.0
+    @property
+    def is_enlarged_only(self) -> bool:
+        """Whether the enlarger alone makes the result: a clean photo, and no texture asked for."""
+        return bool(self.settings.enlarger) and self.settings.strength == 0
 
     @property
     def rows_written(self) -> int:
@@ -213,7 +198,7 @@ class PhotoJob:
         """Encode the result, move it into place, drop the journal. Raises `OutputError`; the journal then stays."""
         with self.timed():
             self._files.close()
-        if not self.journal.resumed:
+        if not self.journal.resumed and not self.is_enlarged_only:
             record_efficiency(self.work, self.seconds)
         info = self.photo.info
         return UpscaleResult(

@@ -38,6 +38,8 @@ class Settings:
     color_fix: str
     consistency: float | None
     """None: what the photo itself says."""
+    enlarger: bool | None
+    """Whether the bundle's enlarger takes the place of stage 1; None: where the photo looks clean."""
     removal: bool
     precision: str
     device: str
@@ -95,6 +97,7 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
         captioner=pick(config.captioner, defaults.captioner),
         color_fix=pick(config.color_fix, defaults.color_fix),
         consistency=config.consistency if "cleanliness" in bundle.config.parts else config.consistency or 0.0,
+        enlarger=None if "enlarger" in bundle.config.parts and config.removal is None else False,
         removal=pick(config.removal, "lora" in bundle.config.parts),
         precision=config.precision,
         device=config.device,

@@ -20,9 +20,9 @@ from dreamsr_cli.config import OutputConfig, UpscaleConfig
 from dreamsr_cli.degradations import pixel
 from dreamsr_cli.engine import UpscaleResult, upscale
 from dreamsr_cli.errors import TrainingError, WeightsError
+from dreamsr_cli.looks import LEAST_CHANCE
 from dreamsr_cli.models.bundle import PARTS, Bundle, open_bundle
 from dreamsr_cli.models.cleanliness import LEAST_SIDE, WINDOW, Cleanliness, chance_of_clean, fine_detail
-from dreamsr_cli.photo_job import LEAST_CHANCE
 from dreamsr_cli.progress import SilentProgress
 from dreamsr_cli.training.networks import build_on
 from dreamsr_cli.training.plan import training_plan

@@ -29,6 +29,7 @@ from dreamsr_cli.models.autoencoder import Autoencoder, FluxAutoencoder, PatchAu
 from dreamsr_cli.models.cleanliness import Cleanliness
 from dreamsr_cli.models.conditioned_dit import ConditionedDiT
 from dreamsr_cli.models.context_attention import ContextAttention
+from dreamsr_cli.models.enlarger import Enlarger
 from dreamsr_cli.models.flux_control import FluxControl
 from dreamsr_cli.models.mm_controlnet import MMControlNet
 from dreamsr_cli.models.part_loading import class_name, load_part, load_text_part
@@ -42,7 +43,7 @@ from dreamsr_cli.weights_lock import lock_entry
 
 CONFIG_FILE = "bundle.json"
 BUILT_IN = ("mini", "flux", "flux-upscaler")
-PARTS = ("transformer", "vae", "text_encoder", "controlnet", "context_attention", "lora", "cleanliness")
+PARTS = ("transformer", "vae", "text_encoder", "controlnet", "context_attention", "lora", "cleanliness", "enlarger")
 
 
 class Bundle:
@@ -140,6 +141,12 @@ class Bundle:
         if "cleanliness" not in self.config.parts:
             return None
         return load_part(Cleanliness, self.part_folder("cleanliness"), torch.float32)
+
+    def open_enlarger(self) -> Enlarger | None:
+        """What enlarges clean photos, on the CPU in float32 and evaluation mode; None where there is none."""
+        if "enlarger" not in self.config.parts:
+            return None
+        return load_part(Enlarger, self.part_folder("enlarger"), torch.float32)
 
     def open_text_encoder(self, device: torch.device, dtype: torch.dtype, mode: MemoryMode = PLAIN) -> TextEncoder:
         """The text encoder in evaluation mode; `mode` concerns T5, the built-in encoder is small."""

@@ -11,11 +11,12 @@ from torch import nn
 
 from dreamsr_cli.models.autoencoder import Autoencoder
 from dreamsr_cli.models.bundle import Bundle
+from dreamsr_cli.models.enlarger import Enlarger
 from dreamsr_cli.models.quantization import PLAIN, MemoryMode
 from dreamsr_cli.models.restorer import Restorer
 from dreamsr_cli.models.text_encoder import TextEncoder
 
-TEXT_ENCODER, AUTOENCODER, RESTORER = "text_encoder", "autoencoder", "restorer"
+TEXT_ENCODER, AUTOENCODER, RESTORER, ENLARGER = "text_encoder", "autoencoder", "restorer", "enlarger"
 
 
 class OpenParts:
@@ -44,6 +45,16 @@ class OpenParts:
     def autoencoder(self) -> Autoencoder:
         """See `Bundle.open_autoencoder`."""
         return self._get(AUTOENCODER, lambda: self.bundle.open_autoencoder(self.device, self.dtype))
+
+    def enlarger(self) -> Enlarger:
+        """See `Bundle.open_enlarger`; for bundles that have one."""
+
+        def open_part() -> Enlarger:
+            network = self.bundle.open_enlarger()
+            assert network is not None, "settings.enlarger is for bundles with this part"
+            return network.to(self.device, memory_format=torch.channels_last)
+
+        return self._get(ENLARGER, open_part)
 
     def restorer(self, mask_pads: bool) -> Restorer:
         """See `Bundle.open_restorer`; not placed yet where it was just loaded. One that had to be offloaded block by

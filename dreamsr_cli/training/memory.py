@@ -97,8 +97,8 @@ def step_memory(
     `pixel_terms`: count decoder and perceptual distance (eq. 6 and 7); a texture step needs them for the crops with
     t <= 0.2, which may be all of a small batch.
     """
-    if kind == "judge":
-        return StepMemory(kind, _judge_bytes(networks, side), 0, 0)
+    if kind in ("judge", "enlarge"):
+        return StepMemory(kind, _small_network_bytes(networks, kind, side), 0, 0)
     decoder = _decoder_bytes(networks, side, trained=kind == "reconstruct") if pixel_terms else 0
     if kind == "reconstruct":
         return StepMemory(kind, 0, decoder, 0)
@@ -183,9 +183,9 @@ def _decoder_bytes(networks: MetaNetworks, side: int, trained: bool) -> int:
     return saved_bytes(forward, modules)
 
 
-def _judge_bytes(networks: MetaNetworks, side: int) -> int:
-    """Bytes kept by judging one bad crop, at its own size."""
-    network = networks.cleanliness
+def _small_network_bytes(networks: MetaNetworks, kind: str, side: int) -> int:
+    """Bytes kept by judging or enlarging one bad crop, at its own size."""
+    network = networks.cleanliness if kind == "judge" else networks.enlarger
     if network is None:
         return 0
     small = torch.empty(1, 3, side // 4, side // 4, device="meta")

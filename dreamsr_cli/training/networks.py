@@ -18,6 +18,7 @@ from dreamsr_cli.models.bundle import Bundle, open_bundle
 from dreamsr_cli.models.cleanliness import Cleanliness
 from dreamsr_cli.models.conditioned_dit import ConditionedDiT
 from dreamsr_cli.models.context_attention import ContextAttention, wake_projections
+from dreamsr_cli.models.enlarger import Enlarger
 from dreamsr_cli.models.mm_controlnet import MMControlNet
 from dreamsr_cli.models.restoration_lora import RestorationLoRA
 from dreamsr_cli.models.text_encoder import ByteTextEncoder, TextEncoder
@@ -25,9 +26,9 @@ from dreamsr_cli.training.distributed import whole
 from dreamsr_cli.training.latent_cache import LatentCache
 from dreamsr_cli.training.lazy_encoder import LazyTextEncoder
 from dreamsr_cli.training.recipe import Recipe
-from dreamsr_cli.training.stages import CONTROL, JUDGE, Stage
+from dreamsr_cli.training.stages import CONTROL, ENLARGER, JUDGE, Stage
 
-MODULES = ("transformer", "controlnet", "context_attention", "text_encoder", "refiner", "cleanliness")
+MODULES = ("transformer", "controlnet", "context_attention", "text_encoder", "refiner", "cleanliness", "enlarger")
 """Names that a stage's `trains` may use, beside "lora"."""
 TRAINING_GUIDANCE = 1.0
 """FLUX's guidance embedding in training (method.md)."""
@@ -48,7 +49,8 @@ class Networks:
     dit: ConditionedDiT
     config: BundleConfig
     cleanliness: Cleanliness | None = None
-    """None where neither the bundle nor the stage has it."""
+    enlarger: Enlarger | None = None
+    """These two: None where neither the bundle nor the stage has it."""
     latent_cache: LatentCache | None = None
     """Keeps the latents of crops that come back."""
     device: torch.device = torch.device("cpu")
@@ -95,6 +97,7 @@ class Networks:
             "text_encoder": self.text_encoder,
             "autoencoder": self.autoencoder,
             "cleanliness": self.cleanliness,
+            "enlarger": self.enlarger,
         }
         for name, module in others.items():
             if isinstance(module, nn.Module) and any(p.requires_grad for p in module.parameters()):
@@ -173,7 +176,7 @@ class Networks:
 
     def _pixel_modules(self) -> list[nn.Module]:
         autoencoder = self.autoencoder
-        found = [autoencoder, getattr(autoencoder, "vae", None), self.cleanliness]
+        found = [autoencoder, getattr(autoencoder, "vae", None), self.cleanliness, self.enlarger]
         return [module for module in found if isinstance(module, nn.Module)]
 
 
@@ -261,6 +264,7 @@ def _from_bundle(recipe: Recipe, start: Bundle) -> Networks:
         restorer.dit,
         replace(recipe.bundle_config(), control=start.config.control),
         start.open_cleanliness(),
+        start.open_enlarger(),
     )
 
 
@@ -318,11 +322,15 @@ def build_on(
     if recipe.ablation == "no-lora":
         sampling = replace(sampling, t_start=1.0, steps=20)
     config = replace(base.config, name=recipe.name, control=control, sampling=sampling)
-    cleanliness = None
+    cleanliness = enlarger = None
     if JUDGE[0] in stage.trains:
-        cleanliness = None if recipe.fresh else source.open_cleanliness()
-        cleanliness = cleanliness or Cleanliness()
-    networks = Networks(transformer, controlnet, context, text_encoder, autoencoder, lora, dit, config, cleanliness)
+        cleanliness = (None if recipe.fresh else source.open_cleanliness()) or Cleanliness()
+    if ENLARGER[0] in stage.trains:
+        sizes = (recipe.sizes.enlarger_width, recipe.sizes.enlarger_blocks)
+        enlarger = (None if recipe.fresh else source.open_enlarger()) or Enlarger(*sizes)
+    networks = Networks(
+        transformer, controlnet, context, text_encoder, autoencoder, lora, dit, config, cleanliness, enlarger
+    )
     networks.to(device, dtype)
     return networks
 

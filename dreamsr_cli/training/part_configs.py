@@ -21,6 +21,7 @@ from dreamsr_cli.models.cleanliness import Cleanliness
 from dreamsr_cli.models.conditioned_dit import ConditionedDiT
 from dreamsr_cli.models.context_attention import ContextAttention
 from dreamsr_cli.models.discriminator import Discriminator
+from dreamsr_cli.models.enlarger import Enlarger
 from dreamsr_cli.models.mm_controlnet import MMControlNet
 from dreamsr_cli.models.perceptual import BACKBONES
 from dreamsr_cli.models.restoration_lora import RestorationLoRA
@@ -80,6 +81,8 @@ class PartConfigs:
     """Longest prompt."""
     cleanliness: bool = False
     """Whether there is a judge of photos."""
+    enlarger: Mapping[str, Any] | None = None
+    """Of `Enlarger`; None where there is none."""
 
 
 def configs_for(recipe: Recipe, stage: Stage, model: str | None = None) -> PartConfigs:
@@ -106,6 +109,7 @@ def configs_for(recipe: Recipe, stage: Stage, model: str | None = None) -> PartC
         lora_rank=int(_read(bundle, "lora", "adapter_config.json")["r"]) if own_rank else recipe.sizes.lora_rank,
         text_tokens=bundle.config.defaults.max_text_tokens,
         cleanliness=stage.judges or "cleanliness" in bundle.config.parts,
+        enlarger=_enlarger_config(recipe, stage, bundle),
     )
 
 
@@ -160,7 +164,8 @@ class MetaNetworks:
     discriminator: Discriminator
     perceptual: nn.Module | None
     cleanliness: Cleanliness | None = None
-    """None where neither the bundle nor the stage has it."""
+    enlarger: Enlarger | None = None
+    """These two: None where neither the bundle nor the stage has it."""
 
     def parameters(self) -> dict[str, int]:
         """Parameters by part."""
@@ -176,6 +181,7 @@ class MetaNetworks:
             "discriminator": _count(self.discriminator),
             "perceptual": _count(self.perceptual),
             "cleanliness": _count(self.cleanliness),
+            "enlarger": _count(self.enlarger),
         }
         return {name: number for name, number in made.items() if number}
 
@@ -203,6 +209,7 @@ def build_meta(configs: PartConfigs, dtype: torch.dtype, perceptual: str = "none
         text = None if configs.text_encoder is None else ByteTextEncoder(**configs.text_encoder)
         discriminator = Discriminator()
         judge = Cleanliness() if configs.cleanliness else None
+        enlarger = None if configs.enlarger is None else Enlarger(**_known(Enlarger, configs.enlarger))
         distance = None if perceptual == "none" else BACKBONES[perceptual].build().requires_grad_(False)
     for module in (transformer, controlnet, context, autoencoder):
         if module is not None:
@@ -210,7 +217,18 @@ def build_meta(configs: PartConfigs, dtype: torch.dtype, perceptual: str = "none
             nn.Module.to(module, dtype=dtype)
     dit = ConditionedDiT(transformer, context, configs.control_map, mask_pads=own)
     return MetaNetworks(
-        configs, transformer, controlnet, context, dit, lora, autoencoder, text, discriminator, distance, judge
+        configs,
+        transformer,
+        controlnet,
+        context,
+        dit,
+        lora,
+        autoencoder,
+        text,
+        discriminator,
+        distance,
+        judge,
+        enlarger,
     )
 
 
@@ -228,6 +246,13 @@ def _config(bundle: Bundle, part: str, published: Mapping[str, Any]) -> Mapping[
     if named is not None and named.lock == FLUX_DEV:
         return published
     return {k: v for k, v in _read(bundle, part).items() if not k.startswith("_") and k != "dreamsr"}
+
+
+def _enlarger_config(recipe: Recipe, stage: Stage, bundle: Bundle) -> Mapping[str, Any] | None:
+    if "enlarger" in bundle.config.parts and not (stage.enlarges and recipe.fresh):
+        return _read(bundle, "enlarger")
+    sizes = recipe.sizes
+    return {"width": sizes.enlarger_width, "blocks": sizes.enlarger_blocks} if stage.enlarges else None
 
 
 def _text_config(bundle: Bundle) -> Mapping[str, Any] | None:

@@ -84,6 +84,8 @@ def export(
         modules["context_attention"] = networks.context_attention
     if networks.cleanliness is not None:
         modules["cleanliness"] = networks.cleanliness
+    if networks.enlarger is not None:
+        modules["enlarger"] = networks.enlarger
     modules = {name: module for name, module in modules.items() if name not in elsewhere}
     lora = None if "lora" in elsewhere else networks.lora
     sources: dict[str, nn.Module] = dict(modules) if lora is None else {**modules, "lora": networks.transformer}

@@ -16,7 +16,7 @@ from dreamsr_cli.training.samples import Row
 from dreamsr_cli.training.sources import Source
 from dreamsr_cli.training.stages import Stage
 from dreamsr_cli.training.step_crops import crop_settings, on_device
-from dreamsr_cli.training.steps import encode_texts, remove, texture_velocity
+from dreamsr_cli.training.steps import encode_texts, enlarged, remove, texture_velocity
 
 SHOWN = 4
 """Crops on a sheet."""
@@ -31,7 +31,9 @@ def sample_rows(networks: Networks, recipe: Recipe, source: Source, stage: Stage
     autoencoder, sampling = networks.autoencoder, networks.config.sampling
     shown = {"LQ": crops.lq_up, "HQ": crops.hq}
     if not stage.restore:
-        if not stage.judges:
+        if stage.enlarges:
+            shown["enlarged"] = enlarged(networks, crops)
+        elif not stage.judges:
             shown["round trip"] = autoencoder.decode(autoencoder.encode(crops.hq * 2 - 1)) / 2 + 0.5
     else:
         glob = encode_texts(networks, crops.global_texts)

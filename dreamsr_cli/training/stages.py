@@ -1,8 +1,8 @@
 """Stages are data: which parts train in which kind of step, and what a step is made of (method.md, Training).
 
 Stages `autoencoder` and `backbone` make a bundle that has no pretrained prior (decisions.md). Stage `cleanliness`
-trains what judges photos. The other three are the paper's: the transformer is frozen, and only the MM-ControlNet
-(texture steps) and the LoRA (removal steps) learn.
+trains what judges photos, stage `enlarger` what enlarges clean ones. The other three are the paper's: the transformer
+is frozen, and only the MM-ControlNet (texture steps) and the LoRA (removal steps) learn.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ CONTROL = ("controlnet", "context_attention")
 LORA = ("lora",)
 JUDGE = ("cleanliness",)
 """What tells clean photos from damaged ones."""
+ENLARGER = ("enlarger",)
+"""What enlarges clean photos."""
 EVERYTHING = ("transformer", *CONTROL, "text_encoder", "refiner", "lora")
 
 
@@ -30,7 +32,8 @@ class Stage:
     learners: dict[str, tuple[str, ...]]
     """For each kind of step the parts that learn in it, with an AdamW of their own. Kinds: "reconstruct" (clean crops
     through encode and decode), "texture" (eq. 5 and 6, LoRA off), "removal" (eq. 7, LoRA on), "both" (a removal part,
-    then a texture part on the same crops, one loss), "judge" (bad crops alone: clean or damaged)."""
+    then a texture part on the same crops, one loss), "judge" (bad crops alone: clean or damaged),
+    "enlarge" (crops that were only shrunk, back to their good versions)."""
     fit_transform: bool = False
     """Fit the patch transform in closed form before the first step."""
     prior: bool = True
@@ -44,12 +47,17 @@ class Stage:
     @property
     def restore(self) -> bool:
         """Whether the networks take part that make pictures, beside the autoencoder."""
-        return "reconstruct" not in self.learners and not self.judges
+        return not {"reconstruct", "judge", "enlarge"} & self.learners.keys()
 
     @property
     def judges(self) -> bool:
         """Whether its steps only look at bad crops."""
         return "judge" in self.learners
+
+    @property
+    def enlarges(self) -> bool:
+        """Whether its steps undo shrinking, in pixels alone."""
+        return "enlarge" in self.learners
 
     @property
     def removes(self) -> bool:
@@ -71,6 +79,7 @@ STAGES = {
         Stage("restoration", "removal: the LoRA", {"removal": LORA}),
         Stage("joint", "texture or removal, drawn step by step", {"texture": CONTROL, "removal": LORA}),
         Stage("cleanliness", "whether a photo is clean, for --consistency", {"judge": JUDGE}),
+        Stage("enlarger", "enlarging photos that are clean", {"enlarge": ENLARGER}),
     )
 }
 

@@ -19,9 +19,17 @@ from dreamsr_cli import flow
 from dreamsr_cli.config import SamplingConfig
 from dreamsr_cli.draws import generator
 from dreamsr_cli.errors import TrainingError
-from dreamsr_cli.losses import hinge_generator, lattice_strength, pixel_loss, removal_loss, velocity_loss
+from dreamsr_cli.losses import (
+    hinge_generator,
+    lattice_strength,
+    pixel_distance,
+    pixel_loss,
+    removal_loss,
+    velocity_loss,
+)
 from dreamsr_cli.models.cleanliness import LEAST_SIDE
 from dreamsr_cli.models.conditioned_dit import Injections
+from dreamsr_cli.models.enlarger import FACTOR
 from dreamsr_cli.models.perceptual import Perceptual, on_window
 from dreamsr_cli.models.text_encoder import ByteTextEncoder, TextEmbedding, stack
 from dreamsr_cli.training.networks import Networks
@@ -53,7 +61,7 @@ class Crops:
     first: int = 0
     """Index of the first crop in the global batch: what draws depend on, with the step."""
     lq: Tensor | None = None
-    """Bad crops as they are, in [0, 1]; for "judge" steps."""
+    """Bad crops as they are, in [0, 1]; for "judge" and "enlarge" steps."""
     clean: tuple[bool | None, ...] = ()
     """For each crop whether its bad version is the good one shrunk and nothing else; None: nobody knows."""
 
@@ -159,6 +167,8 @@ def run_step(
             return restoration_step(networks, recipe, perceptual, critic, crops)
         case "judge":
             return judge_step(networks, crops)
+        case "enlarge":
+            return enlarge_step(networks, recipe, crops)
     raise ValueError(f"no step of kind {kind!r}")
 
 
@@ -232,6 +242,30 @@ def judged(networks: Networks, crops: Crops) -> tuple[Tensor, Tensor]:
         )
     clean_B = torch.tensor(crops.clean, dtype=torch.float32, device=crops.lq.device)
     return networks.cleanliness(crops.lq).float(), clean_B
+
+
+def enlarge_step(networks: Networks, recipe: Recipe, crops: Crops) -> Outcome:
+    """A step of stage `enlarger`: the pixel distance of enlarged and good crops. Raises as `enlarged` does."""
+    loss = pixel_distance(enlarged(networks, crops) * 2 - 1, crops.hq * 2 - 1, recipe.loss.pixel_kind)
+    return Outcome(loss, {"enlarge_pixel": loss.detach()})
+
+
+def enlarged(networks: Networks, crops: Crops) -> Tensor:
+    """The bad crops enlarged, (B, 3, P, Q), float32, about [0, 1]. Raises `TrainingError` for crops that were shrunk by
+    another factor than the enlarger's, and for damaged ones."""
+    if networks.enlarger is None or crops.lq is None:
+        raise ValueError("an enlarge step needs the enlarger and bad crops at their own size")
+    if False in crops.clean:
+        raise TrainingError(
+            "the enlarger is for clean photos, and this recipe's crops are damaged",
+            "--set data.preset=bicubic --set 'data.mix={}'",
+        )
+    if crops.hq.shape[2] != FACTOR * crops.lq.shape[2]:
+        raise TrainingError(
+            f"the enlarger knows pairs of scale {FACTOR}, these have {crops.hq.shape[2] // crops.lq.shape[2]}",
+            f"make them with dreamsr degrade --preset bicubic --scale {FACTOR}",
+        )
+    return networks.enlarger(crops.lq, crops.lq_up)
 
 
 def _encoded(networks: Networks, crops: Crops) -> tuple[Tensor, Tensor, Tensor]:

@@ -273,6 +273,8 @@ def _losses(stage: Stage, recipe: Recipe) -> str:
     words, lattice = [], [f"{loss.lattice:g} · lattice (ours)"] * (loss.lattice > 0)
     if stage.judges:
         return "cross-entropy of clean against damaged"
+    if stage.enlarges:
+        return f"pixel {loss.pixel_kind} on clean crops enlarged"
     if not stage.restore:
         return "Charbonnier on the round trip of clean crops"
     if stage.removes:

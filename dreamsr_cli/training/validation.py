@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -15,7 +16,7 @@ from dreamsr_cli.training.recipe import Recipe
 from dreamsr_cli.training.sources import Source
 from dreamsr_cli.training.stages import Stage
 from dreamsr_cli.training.step_crops import crop_settings, on_device
-from dreamsr_cli.training.steps import draw_texture, encode_texts, judged, remove, texture_velocity
+from dreamsr_cli.training.steps import draw_texture, encode_texts, enlarged, judged, remove, texture_velocity
 
 CROPS = 16
 """Held-out crops of the first plan's size."""
@@ -33,12 +34,15 @@ def validate(
 ) -> dict[str, float]:
     """Mean PSNR in dB (RGB, peak 1) and perceptual distance of the enlarged input ("cubic") and of stage 1
     ("removed") and of both stages ("textured"), and the mean squared error of the predicted clean latent at fixed
-    times; for stage autoencoder the round trip's PSNR, for stage cleanliness how often and how surely it is right.
+    times; for stage autoencoder the round trip's PSNR, for stage cleanliness how often and how surely it is right, for
+    stage enlarger the PSNR of the cubic and of the enlarger.
     Called under the run's mixed precision."""
     plan = recipe.data.crops[0]
     settings, sampling = crop_settings(recipe, 0, held_out=True), networks.config.sampling
     if stage.judges:
         return _judged(networks, recipe, source)
+    if stage.enlarges:
+        return _enlarged(networks, recipe, source)
     figures: dict[str, list[float]] = {}
 
     def add(name: str, value: torch.Tensor | float) -> None:
@@ -104,6 +108,22 @@ def _judged(networks: Networks, recipe: Recipe, source: Source) -> dict[str, flo
         if len(those):
             figures[name] = float(((those > 0) == truth).float().mean())
     return figures
+
+
+def _enlarged(networks: Networks, recipe: Recipe, source: Source) -> dict[str, float]:
+    """PSNR of held-out crops that were only shrunk, enlarged by the cubic and by the enlarger."""
+    stream = batches(source, crop_settings(recipe, 0, held_out=True), JUDGED, workers=0)
+    batch = next(stream)
+    stream.close()
+    crops = on_device(batch, networks.device)
+    found: dict[str, list[torch.Tensor]] = {"cubic_psnr": [], "enlarged_psnr": []}
+    for first in range(0, JUDGED, BATCH):
+        part = slice(first, first + BATCH)
+        assert crops.lq is not None
+        few = replace(crops, hq=crops.hq[part], lq_up=crops.lq_up[part], lq=crops.lq[part], clean=crops.clean[part])
+        for name, made in (("cubic_psnr", few.lq_up), ("enlarged_psnr", enlarged(networks, few))):
+            found[name].append(_psnr(made * 2 - 1, few.hq * 2 - 1))
+    return {name: float(torch.stack(values).mean()) for name, values in found.items()}
 
 
 def _psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
