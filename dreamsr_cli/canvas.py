@@ -14,8 +14,8 @@ import torch
 from dreamsr_cli.images import Photo
 from dreamsr_cli.journal import Piece
 from dreamsr_cli.journal_files import RowFile
-from dreamsr_cli.models.autoencoder import STRIDE, Autoencoder
-from dreamsr_cli.models.enlarger import EnlargedRows, Enlarger
+from dreamsr_cli.models.autoencoder import STRIDE, Autoencoder, Refiner
+from dreamsr_cli.models.enlarger import EnlargedRows
 from dreamsr_cli.overlap import prefetched
 from dreamsr_cli.progress import Progress, SilentProgress
 from dreamsr_cli.resample import resize_rows
@@ -70,7 +70,7 @@ class ClearPhoto(EnlargedPhoto):
         photo: Photo,
         width: int,
         height: int,
-        network: Enlarger,
+        network: Refiner,
         device: torch.device,
         progress: Progress | None = None,
     ) -> None:

@@ -178,7 +178,7 @@ def write_pixels(
 
 
 def _clear(job: PhotoJob, parts: OpenParts, progress: Progress | None = None) -> ClearPhoto:
-    return ClearPhoto(job.photo, job.work.width, job.work.height, parts.enlarger(), parts.device, progress)
+    return ClearPhoto(job.photo, job.work.width, job.work.height, parts.clean_refiner(), parts.device, progress)
 
 
 def _shared(

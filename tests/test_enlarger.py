@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +20,13 @@ from dreamsr_cli.canvas import EnlargedPhoto
 from dreamsr_cli.config import OutputConfig, UpscaleConfig
 from dreamsr_cli.consistency import ConsistentRows
 from dreamsr_cli.engine import UpscaleResult, upscale
-from dreamsr_cli.errors import TrainingError, WeightsError
+from dreamsr_cli.errors import ConfigError, TrainingError, UsageError, WeightsError
 from dreamsr_cli.images import open_photo
 from dreamsr_cli.looks import LEAST_CHANCE
+from dreamsr_cli.models.autoencoder import Refiner
 from dreamsr_cli.models.bundle import Bundle, open_bundle
 from dreamsr_cli.models.cleanliness import Cleanliness
-from dreamsr_cli.models.enlarger import FACTOR, EnlargedRows, Enlarger
+from dreamsr_cli.models.enlarger import FACTOR, EnlargedRows, Enlarger, fingerprint
 from dreamsr_cli.progress import SilentProgress
 from dreamsr_cli.resample import resize
 from dreamsr_cli.training.networks import build_on
@@ -40,15 +44,31 @@ def _own_cache(tmp_path_factory, monkeypatch) -> None:
 
 
 @torch.no_grad()
-def network(seed: int = 0) -> Enlarger:
-    """A small one that changes something everywhere."""
+def refiner(seed: int = 0, restored: bool = True) -> Refiner:
+    """A small one that changes something everywhere, in each manner otherwise."""
     torch.manual_seed(seed)
-    made = Enlarger(width=8, blocks=1).eval()
-    made.exit.weight.normal_(std=0.05)
+    made = Refiner(8, 1, restored).eval()
+    for parameter in made.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.05)
     return made
 
 
-def rows_of(made: Enlarger, photo_PQC: np.ndarray, height: int, width: int) -> EnlargedRows:
+@torch.no_grad()
+def enlarger(of: Refiner, seed: int = 1) -> Enlarger:
+    """One that has learnt something."""
+    torch.manual_seed(seed)
+    made = Enlarger.of(of, 3).eval()
+    for parameter in made.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.05)
+    return made
+
+
+def network() -> Refiner:
+    """What enlarges."""
+    return enlarger(refiner()).merged(refiner())
+
+
+def rows_of(made: Refiner, photo_PQC: np.ndarray, height: int, width: int) -> EnlargedRows:
     P, Q = photo_PQC.shape[:2]
     return EnlargedRows(made, lambda top, bottom: photo_PQC[top:bottom], P, Q, height, width, CPU)
 
@@ -57,28 +77,42 @@ def planes(photo_PQC: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(photo_PQC.transpose(2, 0, 1)))[None]
 
 
+def cubic_of(photo_BCPQ: torch.Tensor) -> torch.Tensor:
+    return resize(photo_BCPQ, FACTOR * photo_BCPQ.shape[2], FACTOR * photo_BCPQ.shape[3]).clamp(0, 1)
+
+
 # ---------------------------------------------------------------- the network
 
 
 @torch.no_grad()
-def test_untrained_it_is_the_cubic() -> None:
-    photos = torch.rand(2, 3, 9, 14)
-    made = Enlarger(width=8, blocks=2)(photos)
-    assert made.shape == (2, 3, 36, 56)
-    assert torch.allclose(made, resize(photos, 36, 56), atol=1e-6)
-    assert torch.equal(Enlarger(width=8, blocks=2)(photos, made), made)
+@pytest.mark.parametrize("restored", [True, False])
+def test_untrained_it_does_what_the_refiner_does_to_stage_1s_results(restored) -> None:
+    made, cubic = refiner(restored=restored), torch.rand(2, 3, 36, 56)
+    expected = cubic + made(cubic * 2 - 1, restored=True) / 2
+    assert torch.allclose(Enlarger.of(made, 3)(made, cubic), expected, atol=1e-6)
+    assert (expected - cubic).abs().max() > 0.01
 
 
 @torch.no_grad()
-def test_it_sees_as_far_as_it_says() -> None:
-    made = network()
-    photo = torch.rand(1, 3, 40, 40)
-    other = photo.clone()
-    other[..., 20, 20] += 1
-    rows, columns = (made.correction(other) - made.correction(photo)).abs().amax((0, 1)).nonzero().T
-    reach = FACTOR * made.reach
-    assert rows.min() >= FACTOR * 20 - reach and rows.max() < FACTOR * 21 + reach
-    assert columns.max() - columns.min() > FACTOR * made.reach
+def test_merged_it_is_a_refiner_of_its_own() -> None:
+    made, of, cubic = enlarger(refiner()), refiner(), torch.rand(2, 3, 36, 56)
+    learnt = made(of, cubic)
+    assert torch.allclose(cubic + made.merged(of)(cubic * 2 - 1) / 2, learnt, atol=1e-6)
+    assert (learnt - Enlarger.of(of, 3)(of, cubic)).abs().max() > 0.01
+
+
+def test_gradients_reach_its_own_weights_alone() -> None:
+    made, of = enlarger(refiner()), refiner()
+    made(of, torch.rand(1, 3, 16, 16)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in made.parameters())
+    assert all(p.grad is None for p in of.parameters())
+
+
+def test_a_fingerprint_is_of_the_weights_as_they_ship() -> None:
+    made = refiner()
+    shipped = copy.deepcopy(made).to(torch.bfloat16).float()
+    assert fingerprint(made) == fingerprint(shipped) == enlarger(made).config["refiner"]
+    assert fingerprint(made) != fingerprint(refiner(seed=5))
 
 
 # ---------------------------------------------------------------- its rows
@@ -89,7 +123,8 @@ def test_rows_are_those_of_the_whole_photo() -> None:
     made, photo_PQC = network(), np.random.default_rng(0).random((150, 20, 3), np.float32)
     rows = rows_of(made, photo_PQC, 600, 80)
     whole = rows.read_rows(0, 600)
-    expected = made(planes(photo_PQC))[0].permute(1, 2, 0).clamp(0, 1).numpy()
+    cubic = cubic_of(planes(photo_PQC))
+    expected = (cubic + made(cubic * 2 - 1) / 2)[0].permute(1, 2, 0).clamp(0, 1).numpy()
     assert np.abs(whole - expected).max() < 1e-5
     for top, bottom in [(599, 600), (0, 1), (250, 262), (100, 580), (0, 600)]:
         assert np.array_equal(rows_of(made, photo_PQC, 600, 80).read_rows(top, bottom), whole[top:bottom])
@@ -109,7 +144,7 @@ def test_other_factors_resize_the_fourfold_photo(factor) -> None:
     made, photo_PQC = network(), np.random.default_rng(2).random((70, 16, 3), np.float32)
     height, width = round(70 * factor), round(16 * factor)
     rows = rows_of(made, photo_PQC, height, width).read_rows(0, height)
-    fourfold = made(planes(photo_PQC)).clamp(0, 1)
+    fourfold = planes(rows_of(made, photo_PQC, 280, 64).read_rows(0, 280))
     assert np.abs(rows - resize(fourfold, height, width)[0].permute(1, 2, 0).clamp(0, 1).numpy()).max() < 1e-4
 
 
@@ -118,11 +153,11 @@ def test_other_factors_resize_the_fourfold_photo(factor) -> None:
 TINY = replace(
     RECIPE,
     steps=150,
-    sizes=replace(RECIPE.sizes, enlarger_width=16, enlarger_blocks=1),
+    sizes=replace(RECIPE.sizes, enlarger_rank=6),
     data=replace(
         RECIPE.data, crops=(CropPlan(64, 4, 1.0),), preset="bicubic", mix={}, full_photo=0.0, hold_out=1, workers=0
     ),
-    optim=replace(RECIPE.optim, kind="muon", lr=5e-3, warmup=5, ema=0.9),
+    optim=replace(RECIPE.optim, lr=1e-2, warmup=5, ema=0.9),
     loss=replace(RECIPE.loss, pixel_kind="charbonnier"),
 )
 
@@ -159,33 +194,45 @@ def test_it_learns_to_enlarge_better_than_the_cubic(trained) -> None:
     assert "clean crops enlarged" in (trained / "bundle" / "README.md").read_text()
 
 
-def test_the_run_refers_to_its_base_and_other_stages_keep_the_enlarger(trained, tiny_bundle, photos, tmp_path) -> None:
+def test_stages_that_keep_its_refiner_keep_the_enlarger(trained, tiny_bundle, photos, tmp_path) -> None:
     made, base = open_bundle(None, str(trained)), open_bundle(str(tiny_bundle))
     assert base.open_enlarger() is None
     assert [p.name for p in (trained / "bundle").iterdir() if p.is_dir()] == ["enlarger"]
     assert made.part_folder("transformer") == base.part_folder("transformer")
     known = made.open_enlarger()
-    assert known is not None and known.config["width"] == 16
+    assert known is not None and known.config["rank"] == 6
     recipe = replace(RECIPE, condition="removed", steps=1)
     for stage, model, start in (("controlnet", str(trained / "bundle"), None), ("backbone", None, str(trained))):
         out = tmp_path / stage
         begun = TrainJob(STAGES[stage], recipe, "tiny.toml", photos, out, model, start, device=CPU)
         train(begun, SilentProgress())
         kept = open_bundle(None, str(out)).open_enlarger()
-        assert kept is not None
-        assert all(torch.equal(value, known.state_dict()[name]) for name, value in kept.state_dict().items())
+        # Stage backbone trains the refiner that it was made for.
+        assert (kept is None) == (stage == "backbone")
+        if kept is not None:
+            assert all(torch.equal(value, known.state_dict()[name]) for name, value in kept.state_dict().items())
 
 
-def test_a_run_goes_on_from_the_enlarger_that_is_there(trained, tiny_bundle) -> None:
+def test_a_run_goes_on_from_the_enlarger_that_is_there(trained, tiny_bundle, tmp_path) -> None:
     source = open_bundle(None, str(trained))
-    again = build_on(TINY, STAGES["enlarger"], source, None, CPU, torch.float32)
-    known, fresh = (
-        source.open_enlarger(),
-        build_on(replace(TINY, fresh=True), STAGES["enlarger"], source, None, CPU, torch.float32),
-    )
-    assert again.enlarger is not None and known is not None and fresh.enlarger is not None
-    assert torch.equal(again.enlarger.exit.weight, known.exit.weight)
-    assert not fresh.enlarger.exit.weight.any()
+    known = source.open_enlarger()
+
+    def begun(recipe: Recipe, base: Bundle, start: Bundle | None = None) -> Enlarger:
+        made = build_on(recipe, STAGES["enlarger"], base, start, CPU, torch.float32).enlarger
+        assert made is not None
+        return made
+
+    assert known is not None
+    assert torch.equal(begun(TINY, source).exit.weight, known.exit.weight)
+    assert not torch.equal(begun(replace(TINY, fresh=True), source).exit.weight, known.exit.weight)
+    other = save_bundle_that_says(tmp_path / "other", 0.0, seed=9)
+    with pytest.raises(ConfigError, match="another refiner"):
+        begun(TINY, other, source)
+
+
+def test_flux_has_no_refiner_to_begin_with(tiny_flux_bundle) -> None:
+    with pytest.raises(UsageError, match="no refiner"):
+        build_on(TINY, STAGES["enlarger"], open_bundle(str(tiny_flux_bundle)), None, CPU, torch.float32)
 
 
 def test_damaged_crops_and_other_scales_are_refused(tiny_bundle) -> None:
@@ -207,13 +254,14 @@ def test_a_plan_counts_it() -> None:
 
 
 @torch.no_grad()
-def save_bundle_that_says(folder: Path, logit: float) -> Bundle:
+def save_bundle_that_says(folder: Path, logit: float, seed: int = 0) -> Bundle:
     """A tiny bundle with an enlarger, and a judge of one opinion."""
     judge = Cleanliness(width=6, hidden=8)
     judge.exit.weight.zero_()
     judge.exit.bias.fill_(logit)
-    made = replace(networks(), cleanliness=judge, enlarger=network())
-    export(made, None, folder, made.config)
+    made = networks()
+    made.patches.refiner = refiner(seed)
+    export(replace(made, cleanliness=judge, enlarger=enlarger(refiner(seed))), None, folder, made.config)
     return open_bundle(str(folder))
 
 
@@ -243,9 +291,8 @@ def levels(path: Path) -> np.ndarray:
 def test_without_texture_a_clean_photo_is_the_enlargers(clean, source, tmp_path) -> None:
     said = run(clean, source, tmp_path / "made.png", strength=0.0).to_json()
     assert (said["enlarger"], said["removal"], said["consistency"]) == (True, False, 0.95)
-    made, photo = clean.open_enlarger(), open_photo(source)
-    assert made is not None
-    rows = rows_of(made, photo.read_rows(0, 140), 560, 128)
+    photo = open_photo(source)
+    rows = rows_of(clean.open_clean_refiner(), photo.read_rows(0, 140), 560, 128)
     expected = ConsistentRows(rows.read_rows, EnlargedPhoto(photo, 128, 560), 0.95).read_rows(0, 560)
     assert np.abs(levels(tmp_path / "made.png") - expected.clip(0, 1) * 255).max() <= 0.51
 
@@ -269,7 +316,13 @@ def test_who_asks_for_stage_1_or_for_none_gets_that(clean, source, tmp_path) -> 
 def test_damaged_photos_and_small_factors_are_as_before(clean, source, tmp_path) -> None:
     damaged = save_bundle_that_says(tmp_path / "damaged", -3.0)
     typed = {"consistency": LEAST_CHANCE - 0.01}
-    for bundle, more in ((damaged, {}), (clean, {"consistency": 0.0}), (clean, typed), (clean, {"scale": 1.9})):
+    cases: list[tuple[Bundle, dict[str, Any]]] = [
+        (damaged, {}),
+        (clean, {"consistency": 0.0}),
+        (clean, typed),
+        (clean, {"scale": 1.9}),
+    ]
+    for bundle, more in cases:
         said = run(bundle, source, tmp_path / "made.png", strength=0.0, **more).to_json()
         assert (said["enlarger"], said["removal"]) == (False, True)
         (tmp_path / "made.png").unlink()
@@ -305,6 +358,17 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(clean, source, tmp_path, s
     assert target.read_bytes() == (tmp_path / "whole.png").read_bytes()
 
 
+def test_an_enlarger_of_another_refiner_is_refused(clean, source, tmp_path) -> None:
+    folder, other = tmp_path / "bundle", tmp_path / "other"
+    save_bundle_that_says(folder, 3.0)
+    save_bundle_that_says(other, 3.0, seed=9)
+    shutil.copytree(other / "vae", folder / "vae", dirs_exist_ok=True)
+    with pytest.raises(WeightsError, match="another autoencoder"):
+        run(open_bundle(str(folder)), source, tmp_path / "result.png")
+    assert not (tmp_path / "result.png").exists()
+    assert not run(open_bundle(str(folder)), source, tmp_path / "result.png", removal=True).to_json()["enlarger"]
+
+
 def test_a_damaged_enlarger_is_refused(clean, source, tmp_path) -> None:
     folder = tmp_path / "bundle"
     save_bundle_that_says(folder, 3.0)
@@ -319,15 +383,14 @@ def test_a_damaged_enlarger_is_refused(clean, source, tmp_path) -> None:
 @pytest.mark.parametrize("name", ["astronaut", "coffee", "chelsea"])
 def test_the_shipped_one_is_better_than_the_cubic(name) -> None:
     """Photos that it never trained on, shrunk to a quarter."""
-    made = open_bundle("mini").open_enlarger()
-    assert made is not None
+    made = open_bundle("mini").open_clean_refiner()
     photo_PQC = getattr(data, name)()
     P, Q = (side // 4 * 4 for side in photo_PQC.shape[:2])
     hq = planes(photo_PQC[:P, :Q]).float() / 255
     lq = (resize(hq, P // 4, Q // 4).clamp(0, 1) * 255).round() / 255
-    cubic = resize(lq, P, Q).clamp(0, 1)
+    cubic = cubic_of(lq)
 
     def psnr(x: torch.Tensor) -> float:
         return float(-10 * torch.log10((x.clamp(0, 1) - hq).square().mean()))
 
-    assert psnr(made(lq)) > psnr(cubic) + 0.8
+    assert psnr(cubic + made(cubic * 2 - 1) / 2) > psnr(cubic) + 0.8

@@ -7,7 +7,7 @@ Pixels are RGB in [-1, 1]; latents are scaled as the transformer expects them (a
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol, cast
 
 import torch
@@ -73,17 +73,37 @@ class Refiner(nn.Module):
     def forward(self, rgb_B3PQ: Tensor, restored: bool = False) -> Tensor:
         """The correction alone, to be added to the picture; same shape and dtype. `restored` asks for the second
         manner, where there is one."""
-        manner = self.restored if restored else None
+        manner, convolutions = self.restored if restored else None, self.convolutions
+        if manner is None:
+            return self.walk(rgb_B3PQ, lambda layer, x: convolutions[layer](x), self.exit)
+        return self.walk(rgb_B3PQ, lambda layer, x: manner(layer, convolutions[layer], x), manner.exit)
+
+    def walk(self, rgb_B3PQ: Tensor, convolve: Callable[[int, Tensor], Tensor], last: nn.Module) -> Tensor:
+        """`forward`, with `convolve(layer, x)` in the place of each of `convolutions`, and `last` after them."""
         # A third faster on a CPU than channels first.
         x = F.pixel_unshuffle(rgb_B3PQ, self.FOLD).contiguous(memory_format=torch.channels_last)
-        convolve = _as_it_is if manner is None else manner
-        x = convolve(0, self.entry, x)
-        for number, pair in enumerate(self.blocks):
-            first, second = (cast(nn.Conv2d, conv) for conv in cast(nn.Sequential, pair))
-            inner = convolve(2 * number + 1, first, F.silu(x))
-            x = x + convolve(2 * number + 2, second, F.silu(inner))
-        last = self.exit if manner is None else manner.exit
+        x = convolve(0, x)
+        for number in range(len(self.blocks)):
+            inner = convolve(2 * number + 1, F.silu(x))
+            x = x + convolve(2 * number + 2, F.silu(inner))
         return F.pixel_shuffle(last(F.silu(x)), self.FOLD)
+
+    @property
+    def convolutions(self) -> list[nn.Conv2d]:
+        """All but the last, in their order."""
+        pairs = (cast(nn.Sequential, pair) for pair in self.blocks)
+        return [self.entry, *(cast(nn.Conv2d, conv) for pair in pairs for conv in pair)]
+
+    def restored_kernels(self) -> list[tuple[Tensor, Tensor]]:
+        """(kernel, bias) of each of `convolutions` in the manner for stage 1's results, without gradient."""
+        found = []
+        for layer, conv in enumerate(self.convolutions):
+            bias_C = torch.zeros_like(conv.weight[:, 0, 0, 0]) if conv.bias is None else conv.bias
+            kernel = conv.weight
+            if self.restored is not None:
+                kernel, bias_C = self.restored.kernel(layer, conv)
+            found.append((kernel.detach(), bias_C.detach()))
+        return found
 
     @property
     def width(self) -> int:
@@ -130,13 +150,13 @@ class RestoredManner(nn.Module):
 
     def forward(self, layer: int, conv: nn.Conv2d, x_BCPQ: Tensor) -> Tensor:
         """`conv` with its outputs scaled and shifted; done to the kernels, which are smaller than the picture."""
+        return F.conv2d(x_BCPQ, *self.kernel(layer, conv), padding=1)
+
+    def kernel(self, layer: int, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+        """(kernel, bias) of `conv`, scaled and shifted."""
         gain_C = self.gain_LC[layer]
         bias_C = self.shift_LC[layer] if conv.bias is None else conv.bias * gain_C + self.shift_LC[layer]
-        return F.conv2d(x_BCPQ, conv.weight * gain_C[:, None, None, None], bias_C, padding=1)
-
-
-def _as_it_is(_layer: int, conv: nn.Conv2d, x_BCPQ: Tensor) -> Tensor:
-    return conv(x_BCPQ)
+        return conv.weight * gain_C[:, None, None, None], bias_C
 
 
 def _lay_into(wider: nn.Conv2d, conv: nn.Conv2d) -> None:

@@ -25,11 +25,11 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from dreamsr_cli.config import BundleConfig, PartConfig
 from dreamsr_cli.errors import ConfigError, WeightsError
 from dreamsr_cli.models.attention import join_attention
-from dreamsr_cli.models.autoencoder import Autoencoder, FluxAutoencoder, PatchAutoencoder
+from dreamsr_cli.models.autoencoder import Autoencoder, FluxAutoencoder, PatchAutoencoder, Refiner
 from dreamsr_cli.models.cleanliness import Cleanliness
 from dreamsr_cli.models.conditioned_dit import ConditionedDiT
 from dreamsr_cli.models.context_attention import ContextAttention
-from dreamsr_cli.models.enlarger import Enlarger
+from dreamsr_cli.models.enlarger import Enlarger, fingerprint
 from dreamsr_cli.models.flux_control import FluxControl
 from dreamsr_cli.models.mm_controlnet import MMControlNet
 from dreamsr_cli.models.part_loading import class_name, load_part, load_text_part
@@ -143,10 +143,24 @@ class Bundle:
         return load_part(Cleanliness, self.part_folder("cleanliness"), torch.float32)
 
     def open_enlarger(self) -> Enlarger | None:
-        """What enlarges clean photos, on the CPU in float32 and evaluation mode; None where there is none."""
+        """What makes a refiner enlarge clean photos, on the CPU in float32 and evaluation mode; None where there is
+        none."""
         if "enlarger" not in self.config.parts:
             return None
         return load_part(Enlarger, self.part_folder("enlarger"), torch.float32)
+
+    def open_clean_refiner(self) -> Refiner:
+        """The refiner as the enlarger makes it, on the CPU in float32; for bundles that have one. Raises `WeightsError`
+        where it was made for another refiner."""
+        enlarger = self.open_enlarger()
+        assert enlarger is not None, "ask whether the bundle has the part"
+        refiner = load_part(PatchAutoencoder, self.part_folder("vae"), torch.float32).refiner
+        if fingerprint(refiner) != enlarger.config["refiner"]:
+            raise WeightsError(
+                f"bundle {self.config.name}: its enlarger was made for another autoencoder",
+                "train it again (dreamsr train --stage enlarger --set fresh=true), or use --removal",
+            )
+        return enlarger.merged(refiner)
 
     def open_text_encoder(self, device: torch.device, dtype: torch.dtype, mode: MemoryMode = PLAIN) -> TextEncoder:
         """The text encoder in evaluation mode; `mode` concerns T5, the built-in encoder is small."""

@@ -1,16 +1,20 @@
 """The enlarger: a clean photo four times as large, as sharp as its own pixels allow.
 
 Where nothing but its size is wrong with a photo there is no damage to remove, and a small network that knows only
-shrinking guesses its edges better than a large one that has to be ready for everything (docs/mini.md, row 22). It
-works on the photo's own pixels and answers on a grid four times as fine (sub-pixel convolution, Shi et al. 2016).
+shrinking guesses its edges better than a large one that has to be ready for everything (docs/mini.md, row 22). Ours is
+the built-in autoencoder's refiner once more: it sees the photo enlarged by the antialiased cubic instead of a decoded
+latent, and its kernels are changed by low-rank products, as a LoRA's are (Hu et al. 2021). So it begins with what the
+refiner knows of photos, and weighs next to nothing.
 
-Axes: B batch, C channels, P Q pixel rows and columns.
+Axes: B batch, P Q pixel rows and columns of the enlarged photo.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,54 +23,80 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from dreamsr_cli.resample import resize, resize_rows
+from dreamsr_cli.models.autoencoder import Refiner
+from dreamsr_cli.resample import resize_rows
 
-FACTOR = 4
-"""Sides of the answer over those of the photo."""
+FACTOR = Refiner.FOLD
+"""Sides of the enlarged photo over those of the photo: what the refiner folds into channels."""
 
 ReadRows = Callable[[int, int], np.ndarray]
 
 
 class Enlarger(ModelMixin, ConfigMixin):
-    """Residual convolutions over the small photo, and what the antialiased cubic lacks as 4x4 sub-pixels.
-
-    No norm and no attention: an answer depends on `reach` of the photo's pixels around it and nothing else. The last
-    convolution starts at zero, so an untrained enlarger is the cubic.
-    """
+    """For each convolution of a refiner but the last: a change of its kernel of rank `rank` (`up` times `down`), and a
+    bias; and a last convolution of its own. Fits that one refiner alone (`refiner`: its `fingerprint`)."""
 
     @register_to_config
-    def __init__(self, width: int = 48, blocks: int = 6) -> None:
-        """`blocks` of two convolutions of `width` channels each."""
+    def __init__(self, width: int = 96, blocks: int = 5, rank: int = 24, refiner: str = "") -> None:
+        """`width` and `blocks` are the refiner's."""
         super().__init__()
-        self.entry = nn.Conv2d(3, width, 3, padding=1)
-        self.inner = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
-            for _ in range(blocks)
-        )
-        self.exit = nn.Conv2d(width, 3 * FACTOR**2, 3, padding=1)
-        for parameter in self.exit.parameters():
-            nn.init.zeros_(parameter)
-        self.reach = 2 + 2 * blocks
+        folded, inner = 3 * FACTOR**2, 1 + 2 * blocks
+        inputs = [folded] + [width] * (inner - 1)
+        self.down = nn.ParameterList(torch.randn(rank, 9 * n) / (9 * n) ** 0.5 for n in inputs)
+        self.up = nn.ParameterList(torch.zeros(width, rank) for _ in inputs)
+        self.bias = nn.ParameterList(torch.zeros(width) for _ in inputs)
+        self.exit = nn.Conv2d(width, folded, 3, padding=1)
 
-    def forward(self, photo_BCPQ: Tensor, cubic_BCPQ: Tensor | None = None) -> Tensor:
-        """Photos (B, 3, P, Q) in [0, 1] to (B, 3, 4P, 4Q), float32, about [0, 1], not clamped. `cubic_BCPQ`: the
-        photos enlarged by the antialiased cubic, where that is known already."""
-        if cubic_BCPQ is None:
-            rows, columns = photo_BCPQ.shape[2:]
-            cubic_BCPQ = resize(photo_BCPQ.float(), FACTOR * rows, FACTOR * columns)
-        return cubic_BCPQ.float() + self.correction(photo_BCPQ)
+    @classmethod
+    @torch.no_grad()
+    def of(cls, refiner: Refiner, rank: int) -> Enlarger:
+        """An untrained one, which does what the refiner does to stage 1's results."""
+        made = cls(refiner.width, len(refiner.blocks), rank, fingerprint(refiner))
+        for own, (_, bias_C) in zip(made.bias, refiner.restored_kernels(), strict=True):
+            own.copy_(bias_C)
+        last = refiner.exit if refiner.restored is None else refiner.restored.exit
+        made.exit.load_state_dict(last.state_dict())
+        return made
 
-    def correction(self, photo_BCPQ: Tensor) -> Tensor:
-        """What is added to the cubic, (B, 3, 4P, 4Q), float32."""
-        # Centred, so that the zeros beyond the border are a middle grey.
-        x = self.entry(photo_BCPQ.to(self.entry.weight.dtype) - 0.5)
-        for block in self.inner:
-            x = x + block(x)
-        return F.pixel_shuffle(self.exit(x), FACTOR).float()
+    def forward(self, refiner: Refiner, cubic_B3PQ: Tensor) -> Tensor:
+        """Photos enlarged by the antialiased cubic, in [0, 1], P and Q multiples of 4, to enlarged photos, float32,
+        about [0, 1], not clamped. Gradients reach the enlarger's weights alone."""
+        kernels = self._kernels(refiner)
+
+        def convolve(layer: int, x: Tensor) -> Tensor:
+            return F.conv2d(x, *kernels[layer], padding=1)
+
+        rgb_B3PQ = (cubic_B3PQ * 2 - 1).to(self.exit.weight.dtype)
+        return cubic_B3PQ.float() + refiner.walk(rgb_B3PQ, convolve, self.exit).float() / 2
+
+    @torch.no_grad()
+    def merged(self, refiner: Refiner) -> Refiner:
+        """A refiner of these kernels: on [-1, 1], what it corrects of the cubic (`EnlargedRows`)."""
+        made = Refiner(refiner.width, len(refiner.blocks))
+        for conv, (kernel, bias_C) in zip(made.convolutions, self._kernels(refiner), strict=True):
+            conv.weight.copy_(kernel)
+            cast(Tensor, conv.bias).copy_(bias_C)
+        made.exit.load_state_dict(self.exit.state_dict())
+        return made.eval()
+
+    def _kernels(self, refiner: Refiner) -> list[tuple[Tensor, Tensor]]:
+        own = zip(refiner.restored_kernels(), self.down, self.up, self.bias, strict=True)
+        return [(kernel + (up @ down).view_as(kernel), bias_C) for (kernel, _), down, up, bias_C in own]
+
+
+@torch.no_grad()
+def fingerprint(refiner: Refiner) -> str:
+    """Of a refiner's weights in bfloat16, as bundles ship them."""
+    digest = hashlib.sha256()
+    for name, value in sorted(refiner.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 class EnlargedRows:
-    """Rows of a photo enlarged by `network` and brought to (out_height, out_width) by the antialiased cubic.
+    """Rows of a photo enlarged by `network` (`Enlarger.merged`), and then brought to (out_height, out_width) by the
+    antialiased cubic.
 
     Computed in strips that always lie the same, the last of which are kept: rows come out the same whatever is asked
     for with them.
@@ -78,7 +108,7 @@ class EnlargedRows:
 
     def __init__(
         self,
-        network: Enlarger,
+        network: Refiner,
         read_photo: ReadRows,
         height: int,
         width: int,
@@ -121,21 +151,28 @@ class EnlargedRows:
             self._strips.move_to_end(strip)
             return self._strips[strip]
         first, last = strip * self.STRIP, min((strip + 1) * self.STRIP, self._height)
-        begin, end = max(0, first - self._network.reach), min(self._height, last + self._network.reach)
-        made_PQC = self._correction(begin, end)[FACTOR * (first - begin) : FACTOR * (last - begin)]
-        height, width = FACTOR * self._height, FACTOR * self._width
-        made_PQC += resize_rows(
-            self._read_photo, self._height, self._width, height, width, FACTOR * first, FACTOR * last
+        reach = self._network.reach // FACTOR
+        begin, end = max(0, first - reach), min(self._height, last + reach)
+        cubic_PQC = resize_rows(
+            self._read_photo,
+            self._height,
+            self._width,
+            FACTOR * self._height,
+            FACTOR * self._width,
+            FACTOR * begin,
+            FACTOR * end,
         )
-        self._strips[strip] = np.clip(made_PQC, 0, 1)
+        cubic_PQC = np.clip(cubic_PQC, 0, 1)
+        cubic_PQC += self._correction(cubic_PQC)
+        self._strips[strip] = np.clip(cubic_PQC[FACTOR * (first - begin) : FACTOR * (last - begin)], 0, 1)
         if len(self._strips) > self.KEPT:
             self._strips.popitem(last=False)
         self._on_strip()
         return self._strips[strip]
 
     @torch.inference_mode()
-    def _correction(self, top: int, bottom: int) -> np.ndarray:
-        """What rows [top, bottom) of the photo, on their own, get added to their cubic."""
-        photo_PQC = np.ascontiguousarray(self._read_photo(top, bottom).transpose(2, 0, 1))
-        made_CPQ = self._network.correction(torch.from_numpy(photo_PQC)[None].to(self._device))[0]
-        return np.ascontiguousarray(made_CPQ.permute(1, 2, 0).cpu().numpy())
+    def _correction(self, cubic_PQC: np.ndarray) -> np.ndarray:
+        """What rows of the enlarged photo, on their own, get added."""
+        rgb_BCPQ = torch.from_numpy(np.ascontiguousarray(cubic_PQC.transpose(2, 0, 1)))[None].to(self._device) * 2 - 1
+        made_CPQ = self._network(rgb_BCPQ.to(self._network.entry.weight.dtype))[0].float() / 2
+        return made_CPQ.permute(1, 2, 0).cpu().numpy()

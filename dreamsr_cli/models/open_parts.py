@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dreamsr_cli.models.autoencoder import Autoencoder
+from dreamsr_cli.models.autoencoder import Autoencoder, Refiner
 from dreamsr_cli.models.bundle import Bundle
-from dreamsr_cli.models.enlarger import Enlarger
 from dreamsr_cli.models.quantization import PLAIN, MemoryMode
 from dreamsr_cli.models.restorer import Restorer
 from dreamsr_cli.models.text_encoder import TextEncoder
@@ -46,13 +45,12 @@ class OpenParts:
         """See `Bundle.open_autoencoder`."""
         return self._get(AUTOENCODER, lambda: self.bundle.open_autoencoder(self.device, self.dtype))
 
-    def enlarger(self) -> Enlarger:
-        """See `Bundle.open_enlarger`; for bundles that have one."""
+    def clean_refiner(self) -> Refiner:
+        """See `Bundle.open_clean_refiner`."""
 
-        def open_part() -> Enlarger:
-            network = self.bundle.open_enlarger()
-            assert network is not None, "settings.enlarger is for bundles with this part"
-            return network.to(self.device, memory_format=torch.channels_last)
+        def open_part() -> Refiner:
+            network: Any = self.bundle.open_clean_refiner().to(self.device)
+            return network.to(self.dtype, memory_format=torch.channels_last)
 
         return self._get(ENLARGER, open_part)
 

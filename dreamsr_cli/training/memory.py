@@ -184,8 +184,14 @@ def _decoder_bytes(networks: MetaNetworks, side: int, trained: bool) -> int:
 
 
 def _small_network_bytes(networks: MetaNetworks, kind: str, side: int) -> int:
-    """Bytes kept by judging or enlarging one bad crop, at its own size."""
-    network = networks.cleanliness if kind == "judge" else networks.enlarger
+    """Bytes kept by judging one bad crop at its own size, or by enlarging one."""
+    enlarger, autoencoder = networks.enlarger, networks.autoencoder
+    if kind == "enlarge":
+        if enlarger is None or not isinstance(autoencoder, PatchAutoencoder):
+            return 0
+        cubic = torch.empty(1, 3, side, side, device="meta")
+        return saved_bytes(lambda: enlarger(autoencoder.refiner, cubic).sum(), [enlarger])
+    network = networks.cleanliness
     if network is None:
         return 0
     small = torch.empty(1, 3, side // 4, side // 4, device="meta")

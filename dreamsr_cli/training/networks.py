@@ -18,7 +18,7 @@ from dreamsr_cli.models.bundle import Bundle, open_bundle
 from dreamsr_cli.models.cleanliness import Cleanliness
 from dreamsr_cli.models.conditioned_dit import ConditionedDiT
 from dreamsr_cli.models.context_attention import ContextAttention, wake_projections
-from dreamsr_cli.models.enlarger import Enlarger
+from dreamsr_cli.models.enlarger import Enlarger, fingerprint
 from dreamsr_cli.models.mm_controlnet import MMControlNet
 from dreamsr_cli.models.restoration_lora import RestorationLoRA
 from dreamsr_cli.models.text_encoder import ByteTextEncoder, TextEncoder
@@ -264,7 +264,6 @@ def _from_bundle(recipe: Recipe, start: Bundle) -> Networks:
         restorer.dit,
         replace(recipe.bundle_config(), control=start.config.control),
         start.open_cleanliness(),
-        start.open_enlarger(),
     )
 
 
@@ -326,8 +325,12 @@ def build_on(
     if JUDGE[0] in stage.trains:
         cleanliness = (None if recipe.fresh else source.open_cleanliness()) or Cleanliness()
     if ENLARGER[0] in stage.trains:
-        sizes = (recipe.sizes.enlarger_width, recipe.sizes.enlarger_blocks)
-        enlarger = (None if recipe.fresh else source.open_enlarger()) or Enlarger(*sizes)
+        if not isinstance(autoencoder, PatchAutoencoder):
+            raise UsageError("FLUX's autoencoder has no refiner that could become an enlarger", "use --model mini")
+        known = None if recipe.fresh else source.open_enlarger()
+        if known is not None and known.config["refiner"] != fingerprint(autoencoder.refiner):
+            raise ConfigError(f"the enlarger of {source.config.name} fits another refiner", "--set fresh=true")
+        enlarger = known or Enlarger.of(autoencoder.refiner, recipe.sizes.enlarger_rank)
     networks = Networks(
         transformer, controlnet, context, text_encoder, autoencoder, lora, dit, config, cleanliness, enlarger
     )

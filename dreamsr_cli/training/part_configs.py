@@ -251,8 +251,10 @@ def _config(bundle: Bundle, part: str, published: Mapping[str, Any]) -> Mapping[
 def _enlarger_config(recipe: Recipe, stage: Stage, bundle: Bundle) -> Mapping[str, Any] | None:
     if "enlarger" in bundle.config.parts and not (stage.enlarges and recipe.fresh):
         return _read(bundle, "enlarger")
-    sizes = recipe.sizes
-    return {"width": sizes.enlarger_width, "blocks": sizes.enlarger_blocks} if stage.enlarges else None
+    vae = _config(bundle, "vae", FLUX_VAE)
+    if not stage.enlarges or "refiner_width" not in vae:
+        return None
+    return {"width": vae["refiner_width"], "blocks": vae["refiner_blocks"], "rank": recipe.sizes.enlarger_rank}
 
 
 def _text_config(bundle: Bundle) -> Mapping[str, Any] | None:

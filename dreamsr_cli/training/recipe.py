@@ -39,10 +39,8 @@ class ModelSizes:
     """Residual blocks of the refiner; its reach is 4 * (2 + 2 * blocks) pixels."""
     refiner_restored: bool = False
     """Whether the refiner has a second manner for stage 1's results (`autoencoder.Refiner`)."""
-    enlarger_width: int = 48
-    """Channels of a fresh enlarger (`models/enlarger.py`)."""
-    enlarger_blocks: int = 6
-    """Residual blocks of a fresh enlarger; its reach is 2 + 2 * blocks pixels of the small photo."""
+    enlarger_rank: int = 24
+    """Rank of a fresh enlarger's changes to the refiner's kernels (`models/enlarger.py`)."""
     whitening: float = 0.5
     """Power of a component's standard deviation it is divided by."""
     lora_rank: int = 16

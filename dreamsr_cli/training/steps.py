@@ -265,7 +265,7 @@ def enlarged(networks: Networks, crops: Crops) -> Tensor:
             f"the enlarger knows pairs of scale {FACTOR}, these have {crops.hq.shape[2] // crops.lq.shape[2]}",
             f"make them with dreamsr degrade --preset bicubic --scale {FACTOR}",
         )
-    return networks.enlarger(crops.lq, crops.lq_up)
+    return networks.enlarger(networks.patches.refiner, crops.lq_up)
 
 
 def _encoded(networks: Networks, crops: Crops) -> tuple[Tensor, Tensor, Tensor]:
