@@ -198,7 +198,7 @@ class PhotoJob:
         """Encode the result, move it into place, drop the journal. Raises `OutputError`; the journal then stays."""
         with self.timed():
             self._files.close()
-        if not self.journal.resumed and not self.is_enlarged_only:
+        if not self.journal.resumed:
             record_efficiency(self.work, self.seconds)
         info = self.photo.info
         return UpscaleResult(

@@ -71,6 +71,8 @@ class Settings(Protocol):
     @property
     def consistency(self) -> float | None: ...
     @property
+    def enlarger(self) -> bool | None: ...
+    @property
     def quantize(self) -> str: ...
     @property
     def offload(self) -> str: ...
@@ -221,14 +223,13 @@ class Workload:
         removals = self.batches if self.settings.removal else 0
         return {
             "text": self.prompts[0],
-            "encode": strips,
             # One full batch is tried first where memory of a card may run out.
             "trial": 0 if self.machine.device == "cpu" else 1,
             "remove_control": removals,
             "remove": removals,
             "texture_control": self._texture_controls(),
             "texture": self.texture_batches * self.steps,
-            "decode": strips * self._decoding_passes(strips),
+            **self._strip_phases(strips, strips),
         }
 
     def flops(self) -> dict[str, int]:
@@ -249,8 +250,7 @@ class Workload:
         width, encoding = self.grid.canvas_width, self._extents(0 if coder.exact else coder.halo)
         decoding = sum(coder.decode_flops(rows, width) for rows in self._extents(coder.halo))
         return {phase: count * each[phase] for phase, count in self.calls().items() if phase in each} | {
-            "encode": sum(coder.encode_flops(rows, width) for rows in encoding),
-            "decode": decoding * self._decoding_passes(len(encoding)),
+            **self._strip_phases(sum(coder.encode_flops(rows, width) for rows in encoding), decoding),
         }
 
     def moved(self) -> dict[str, int]:
@@ -282,8 +282,7 @@ class Workload:
         texts = (text.parameters - text.blocks) * item + int(text.blocks * per_weight)
         return {phase: count * each[phase] for phase, count in self.calls().items() if phase in each} | {
             "text": texts,
-            "encode": encoded * item,
-            "decode": decoded * item * self._decoding_passes(len(encoding)),
+            **self._strip_phases(encoded * item, decoded * item),
         }
 
     def tile_step(self) -> dict[str, int]:
@@ -350,9 +349,17 @@ class Workload:
             self.sizes, MemoryMode(self.settings.quantize, self.settings.offload), self.machine.itemsize, work
         )
 
-    def _decoding_passes(self, strips: int) -> int:
-        """AdaIN reads the decoded photo twice: for its sums, and to be fixed."""
-        return 2 if self.settings.color_fix == "adain" and strips > STRIPS_KEPT else 1
+    def _strip_phases(self, encoding: int, decoding: int) -> dict[str, int]:
+        """The phases that go strip by strip, from what encoding and decoding all strips once comes to."""
+        strips = -(-self.grid.canvas_height // self.limits.strip_rows)
+        # AdaIN reads the result twice: for its sums, and to be fixed.
+        passes = 2 if self.settings.color_fix == "adain" and strips > STRIPS_KEPT else 1
+        if not self.settings.enlarger:
+            return {"encode": encoding, "decode": decoding * passes}
+        # The same network as decoding's; at x4 also the same size.
+        if not self.steps:
+            return {"enlarge": decoding * passes, "encode": 0, "decode": 0}
+        return {"enlarge": decoding, "encode": encoding, "decode": decoding * passes}
 
     def _extents(self, halo: int) -> list[int]:
         """Rows of each strip with its halo."""

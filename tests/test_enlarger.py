@@ -19,7 +19,7 @@ from tiny_models import CPU, RECIPE, networks
 from dreamsr_cli.canvas import EnlargedPhoto
 from dreamsr_cli.config import OutputConfig, UpscaleConfig
 from dreamsr_cli.consistency import ConsistentRows
-from dreamsr_cli.engine import UpscaleResult, upscale
+from dreamsr_cli.engine import Engine, Order, UpscaleResult, upscale
 from dreamsr_cli.errors import ConfigError, TrainingError, UsageError, WeightsError
 from dreamsr_cli.images import open_photo
 from dreamsr_cli.looks import LEAST_CHANCE
@@ -251,6 +251,23 @@ def test_a_plan_counts_it() -> None:
 
 
 # ---------------------------------------------------------------- upscaling with it
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+def test_the_plan_of_a_clean_photo_has_the_enlarger_in_the_place_of_stage_1(clean, source, tmp_path, strength) -> None:
+    output, order = OutputConfig(), Order(source, tmp_path / "a.png")
+    calls = []
+    for typed in (0.95, 0.0):
+        config = UpscaleConfig(tile=64, overlap=16, steps=2, precision="fp32", consistency=typed, strength=strength)
+        with Engine(clean, config, output) as engine, engine.read(order, SilentProgress()) as job:
+            work = job.work
+            calls.append(work.calls)
+            assert set(work.calls) == set(work.flops) == set(work.moved)
+    with_it, without = calls
+    assert (with_it["enlarge"], with_it["remove"], with_it["remove_control"]) == (3, 0, 0)
+    assert "enlarge" not in without and without["remove"] > 0
+    assert with_it["texture"] == without["texture"]
+    assert (with_it["encode"] > 0) == (with_it["decode"] > 0) == (strength > 0)
 
 
 @torch.no_grad()
