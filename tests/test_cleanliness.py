@@ -79,7 +79,7 @@ def test_a_photo_of_any_size_is_judged_by_windows_from_all_over_it() -> None:
     assert alone[0] != alone[1]
     half = calm.copy()
     half[:, 320:] = noisy[:, 320:]
-    assert min(alone) <= chance(judge, half) <= max(alone) and chance(judge, half) not in alone
+    assert chance(judge, half) == pytest.approx(alone[1], abs=0.02)  # the busy part is what counts
 
 
 # ---------------------------------------------------------------- its stage

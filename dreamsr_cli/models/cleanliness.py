@@ -22,6 +22,9 @@ WINDOW = 64
 """Side of the windows that a photo is judged by, in its pixels: what crops of 256 pixels are at x4."""
 WINDOWS = 5
 """Windows along each side of a large photo."""
+BUSY = 0.25
+"""Share of the windows that are asked, those with most fine detail: where there is little to see, a dark or plain one,
+a clean photo looks as if its detail had been taken away (docs/mini.md, row 30)."""
 LEAST_SIDE = 24
 """Smallest side that can be judged: a few cells of 8x8 are left of it."""
 _GAIN = 20.0
@@ -73,20 +76,24 @@ def _figures(x_BCPQ: Tensor) -> Tensor:
 def chance_of_clean(
     network: Cleanliness, read_rows: Callable[[int, int], np.ndarray], height: int, width: int
 ) -> float:
-    """How likely a photo is clean, 0 to 1, to two digits: the mean logit of windows spread over it.
+    """How likely a photo is clean, 0 to 1, to two digits: the mean logit of the busiest of the windows spread over it.
 
     `read_rows(top, bottom)`: its rows, float32 (rows, width, 3) in [0, 1]. A photo smaller than a window is repeated
     by reflection.
     """
-    logits = []
+    logits, energies = [], []
     for top in _starts(height):
         rows_PQC = np.asarray(read_rows(top, min(top + WINDOW, height)), np.float32)
         for left in _starts(width):
             window_PQC = rows_PQC[:, left : left + WINDOW]
             short = [max(0, WINDOW - side) for side in window_PQC.shape[:2]]
             window_PQC = np.pad(window_PQC, ((0, short[0]), (0, short[1]), (0, 0)), mode="symmetric")
-            logits.append(network(torch.from_numpy(np.ascontiguousarray(window_PQC.transpose(2, 0, 1)))[None]))
-    return round(float(torch.sigmoid(torch.cat(logits).mean())), 2)
+            window_BCPQ = torch.from_numpy(np.ascontiguousarray(window_PQC.transpose(2, 0, 1)))[None]
+            logits.append(network(window_BCPQ))
+            energies.append(fine_detail(window_BCPQ)[:, 0].square().mean())
+    energy_N = torch.stack(energies)
+    busy_N = energy_N >= energy_N.quantile(1 - BUSY)
+    return round(float(torch.sigmoid(torch.cat(logits)[busy_N].mean())), 2)
 
 
 def _starts(side: int) -> list[int]:
