@@ -21,7 +21,9 @@ from torch import Tensor, nn
 WINDOW = 64
 """Side of the windows that a photo is judged by, in its pixels: what crops of 256 pixels are at x4."""
 WINDOWS = 5
-"""Windows along each side of a large photo."""
+"""Windows along each side of a photo, where there is room."""
+SPACING = 16
+"""Pixels from window to window at least: those of small photos overlap, so that there are several to choose from."""
 BUSY = 0.25
 """Share of the windows that are asked, those with most fine detail: where there is little to see, a dark or plain one,
 a clean photo looks as if its detail had been taken away (docs/mini.md, row 30)."""
@@ -98,5 +100,5 @@ def chance_of_clean(
 
 def _starts(side: int) -> list[int]:
     """First pixels of the windows along one side, evenly from end to end."""
-    count = min(WINDOWS, max(1, side // WINDOW))
+    count = min(WINDOWS, 1 + max(0, side - WINDOW) // SPACING)
     return [0] if count == 1 else [(side - WINDOW) * i // (count - 1) for i in range(count)]
