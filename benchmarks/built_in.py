@@ -85,7 +85,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from dreamsr_cli.errors import UsageError
 
     out, sets = Path(options.out), dict[str, Path]()
-    for preset in PRESETS if options.good else ():
+    for preset in options.presets if options.good else ():
         sets[preset] = degraded(Path(options.good), preset, options.seeds, out)
     for kind in ("pairs", "photos"):
         if getattr(options, kind):
@@ -125,6 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pairs", help="folder with lq/ and hq/, or test_LR/ and test_HR/")
     parser.add_argument("--photos", help="folder of photos without a reference (NIQE only)")
     parser.add_argument("--seeds", type=int, default=4, help="degradations of each good photo by the random presets")
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS, help="what degrades good photos")
     parser.add_argument("--model", default="mini", help="bundle: a name or a folder")
     parser.add_argument("--weights", default=None, help="folder of a training run laid over it")
     parser.add_argument("--metrics", nargs="+", default=list(METRICS.values()), help="of dreamsr eval")
