@@ -218,7 +218,7 @@ class UpscaleConfig:
     """"wavelet", "adain" or "none"."""
     consistency: float | None = None
     """How far the result, shrunk to the photo's size, is made to agree with it: 0 not, 1 as far as one step can. None:
-    as far as the photo looks clean to the bundle, 0 where that can't tell. From 0.8 on the photo counts as clean."""
+    as far as the photo looks clean to the bundle, 0 where that can't tell. From 0.6 on the photo counts as clean."""
     removal: bool | None = None
     """Run stage 1; False starts texture from z_lq (ablation); None: if the bundle has a Restoration LoRA, and for clean
     photos its enlarger instead."""

@@ -13,7 +13,7 @@ from dreamsr_cli.models.bundle import Bundle
 from dreamsr_cli.models.cleanliness import chance_of_clean
 from dreamsr_cli.settings import Settings
 
-LEAST_CHANCE = 0.8
+LEAST_CHANCE = 0.6
 """Below this chance of being clean a photo has no say: damage that comes back costs more than a clean photo gains, and
 few photos lie between."""
 LEAST_FACTOR = 2.0

@@ -21,6 +21,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # eight commands, each of which imports torch
 def test_every_set_and_setting_has_its_paired_differences(script, tmp_path, tiny_bundle, capsys, monkeypatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     good = tmp_path / "good"
