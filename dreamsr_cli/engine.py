@@ -79,6 +79,9 @@ class Engine:
         self.settings = dataclasses.replace(settings, device=str(self.device), precision=dtype_name(dtype))
         self.bundle, self.output = bundle, output
         self._sizes = read_sizes(bundle.config, bundle.part_folder)
+        # Opened here: photos are read in another thread, and diffusers opens networks in one thread at a time only (it
+        # makes every module that is built meanwhile one without weights).
+        self._judge = bundle.open_cleanliness() if settings.consistency is None else None
         self._threads = torch.get_num_threads()
         self._limits = Limits(STRIP)
         machine = describe_machine(self.device, self.settings.precision, measure=False)
@@ -240,7 +243,7 @@ class Engine:
     def _looks(self, order: Order, photo: Photo, progress: Progress) -> Settings:
         """The settings with what the photo's looks decide."""
         width, _ = target_size(order.photo, photo.info, self.settings)
-        settings, sentence = settle_looks(photo, width, self.settings, self.bundle)
+        settings, sentence = settle_looks(photo, width, self.settings, self._judge)
         if sentence is not None:
             progress.note(f"{order.photo.name}: {sentence}")
         return settings

@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from dreamsr_cli.images import Photo
-from dreamsr_cli.models.bundle import Bundle
-from dreamsr_cli.models.cleanliness import chance_of_clean
+from dreamsr_cli.models.cleanliness import Cleanliness, chance_of_clean
 from dreamsr_cli.settings import Settings
 
 LEAST_CHANCE = 0.6
@@ -20,16 +19,18 @@ LEAST_FACTOR = 2.0
 """Enlarged by less, the photo's say would leave hardly any room for texture; at its own size none."""
 
 
-def settle_looks(photo: Photo, width: int, settings: Settings, bundle: Bundle) -> tuple[Settings, str | None]:
+def settle_looks(
+    photo: Photo, width: int, settings: Settings, judge: Cleanliness | None
+) -> tuple[Settings, str | None]:
     """Settings for this photo, to become `width` pixels wide, with `consistency`, `enlarger` and `removal` settled; and
-    a sentence for people where it looks clean. A function of photo, settings and bundle alone."""
+    a sentence for people where it looks clean. A function of photo, settings and judge alone; `judge`
+    None: nobody can tell."""
     info, amount, sentence = photo.info, settings.consistency, None
     large = width >= LEAST_FACTOR * info.width
     if amount is None:
-        network = bundle.open_cleanliness() if large else None
         chance = 0.0
-        if network is not None:
-            chance = chance_of_clean(network, photo.read_rows, info.height, info.width)
+        if large and judge is not None:
+            chance = chance_of_clean(judge, photo.read_rows, info.height, info.width)
         amount = chance if chance >= LEAST_CHANCE else 0.0
         if amount:
             sentence = f"looks clean ({chance:.0%}), so the result keeps to it"

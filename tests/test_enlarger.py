@@ -23,6 +23,7 @@ from dreamsr_cli.engine import Engine, Order, UpscaleResult, upscale
 from dreamsr_cli.errors import ConfigError, TrainingError, UsageError, WeightsError
 from dreamsr_cli.images import open_photo
 from dreamsr_cli.looks import LEAST_CHANCE
+from dreamsr_cli.models import part_loading
 from dreamsr_cli.models.autoencoder import Refiner
 from dreamsr_cli.models.bundle import Bundle, open_bundle
 from dreamsr_cli.models.cleanliness import Cleanliness
@@ -322,6 +323,15 @@ def test_texture_starts_from_the_enlargers_photo(clean, source, tmp_path) -> Non
     run(clean, source, tmp_path / "removed.png", strength=0.05, removal=True)
     made, cubic, removed = (levels(tmp_path / f"{name}.png") for name in ("made", "cubic", "removed"))
     assert np.abs(made - cubic).max() > 1 and np.abs(made - removed).max() > 1
+
+
+def test_reading_a_photo_opens_no_network(clean, source, tmp_path, monkeypatch) -> None:
+    """It happens beside the computing of another photo; diffusers' loader isn't for two threads."""
+    with Engine(clean, UpscaleConfig(tile=64, overlap=16, precision="fp32"), OutputConfig()) as engine:
+        monkeypatch.setattr(part_loading, "load_part", None)
+        monkeypatch.setattr("dreamsr_cli.models.bundle.load_part", None)
+        with engine.read(Order(source, tmp_path / "a.png"), SilentProgress()) as job:
+            assert job.settings.enlarger
 
 
 def test_who_asks_for_stage_1_or_for_none_gets_that(clean, source, tmp_path) -> None:
