@@ -79,6 +79,7 @@ LAYERS = (
         "photo_job",
         "residency",
         "settings",
+        "looks",
         "memory_plan",
         "memory_choice",
         "prompts_in_use",

@@ -1,0 +1,189 @@
+"""Upscaling photos that look clean: the enlarger in the place of stage 1."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from enlargers import cubic_of, planes, rows_of, save_bundle_that_says
+from PIL import Image
+from skimage import data
+
+from dreamsr_cli.canvas import EnlargedPhoto
+from dreamsr_cli.config import OutputConfig, UpscaleConfig
+from dreamsr_cli.consistency import ConsistentRows
+from dreamsr_cli.engine import Engine, Order, UpscaleResult, upscale
+from dreamsr_cli.errors import WeightsError
+from dreamsr_cli.images import open_photo
+from dreamsr_cli.looks import LEAST_CHANCE
+from dreamsr_cli.models import part_loading
+from dreamsr_cli.models.bundle import Bundle, open_bundle
+from dreamsr_cli.progress import SilentProgress
+from dreamsr_cli.resample import resize
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setenv("DREAMSR_CACHE", str(tmp_path_factory.getbasetemp() / "enlarger-cache"))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+def test_the_plan_of_a_clean_photo_has_the_enlarger_in_the_place_of_stage_1(clean, source, tmp_path, strength) -> None:
+    output, order = OutputConfig(), Order(source, tmp_path / "a.png")
+    calls = []
+    for typed in (0.95, 0.0):
+        config = UpscaleConfig(tile=64, overlap=16, steps=2, precision="fp32", consistency=typed, strength=strength)
+        with Engine(clean, config, output) as engine, engine.read(order, SilentProgress()) as job:
+            work = job.work
+            calls.append(work.calls)
+            assert set(work.calls) == set(work.flops) == set(work.moved)
+    with_it, without = calls
+    assert (with_it["enlarge"], with_it["remove"], with_it["remove_control"]) == (3, 0, 0)
+    assert "enlarge" not in without and without["remove"] > 0
+    assert with_it["texture"] == without["texture"]
+    assert (with_it["encode"] > 0) == (with_it["decode"] > 0) == (strength > 0)
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory) -> Bundle:
+    """Takes every photo for clean (0.95)."""
+    return save_bundle_that_says(tmp_path_factory.mktemp("bundles") / "clean", 3.0)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A photo of more than one strip."""
+    path = tmp_path_factory.mktemp("photo") / "a.png"
+    Image.fromarray(data.coffee()[100:240, 200:232]).save(path)
+    return path
+
+
+def run(bundle: Bundle, source: Path, target: Path, progress: SilentProgress | None = None, **more) -> UpscaleResult:
+    base = UpscaleConfig(tile=64, overlap=16, steps=1, precision="fp32", color_fix="none")
+    return upscale(source, target, bundle, replace(base, **more), OutputConfig(), progress or SilentProgress())
+
+
+def levels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"), np.float32)
+
+
+def test_without_texture_a_clean_photo_is_the_enlargers(clean, source, tmp_path) -> None:
+    said = run(clean, source, tmp_path / "made.png", strength=0.0).to_json()
+    assert (said["enlarger"], said["removal"], said["consistency"]) == (True, False, 0.95)
+    photo = open_photo(source)
+    rows = rows_of(clean.open_clean_refiner(), photo.read_rows(0, 140), 560, 128)
+    expected = ConsistentRows(rows.read_rows, EnlargedPhoto(photo, 128, 560), 0.95).read_rows(0, 560)
+    assert np.abs(levels(tmp_path / "made.png") - expected.clip(0, 1) * 255).max() <= 0.51
+
+
+def test_texture_starts_from_the_enlargers_photo(clean, source, tmp_path) -> None:
+    """Not from the removal's: with next to no texture the results differ as the enlarged photos do."""
+    said = run(clean, source, tmp_path / "made.png", strength=0.05).to_json()
+    assert (said["enlarger"], said["removal"]) == (True, False)
+    run(clean, source, tmp_path / "cubic.png", strength=0.05, removal=False)
+    run(clean, source, tmp_path / "removed.png", strength=0.05, removal=True)
+    made, cubic, removed = (levels(tmp_path / f"{name}.png") for name in ("made", "cubic", "removed"))
+    assert np.abs(made - cubic).max() > 1 and np.abs(made - removed).max() > 1
+
+
+def test_reading_a_photo_opens_no_network(clean, source, tmp_path, monkeypatch) -> None:
+    """It happens beside the computing of another photo; diffusers' loader isn't for two threads."""
+    with Engine(clean, UpscaleConfig(tile=64, overlap=16, precision="fp32"), OutputConfig()) as engine:
+        monkeypatch.setattr(part_loading, "load_part", None)
+        monkeypatch.setattr("dreamsr_cli.models.bundle.load_part", None)
+        with engine.read(Order(source, tmp_path / "a.png"), SilentProgress()) as job:
+            assert job.settings.enlarger
+
+
+def test_who_asks_for_stage_1_or_for_none_gets_that(clean, source, tmp_path) -> None:
+    for removal in (True, False):
+        said = run(clean, source, tmp_path / f"{removal}.png", removal=removal, strength=0.0).to_json()
+        assert (said["enlarger"], said["removal"], said["consistency"]) == (False, removal, 0.95)
+
+
+def test_damaged_photos_and_small_factors_are_as_before(clean, source, tmp_path) -> None:
+    damaged = save_bundle_that_says(tmp_path / "damaged", -3.0)
+    typed = {"consistency": LEAST_CHANCE - 0.01}
+    cases: list[tuple[Bundle, dict[str, Any]]] = [
+        (damaged, {}),
+        (clean, {"consistency": 0.0}),
+        (clean, typed),
+        (clean, {"scale": 1.9}),
+    ]
+    for bundle, more in cases:
+        said = run(bundle, source, tmp_path / "made.png", strength=0.0, **more).to_json()
+        assert (said["enlarger"], said["removal"]) == (False, True)
+        (tmp_path / "made.png").unlink()
+    said = run(damaged, source, tmp_path / "said.png", strength=0.0, consistency=0.95).to_json()
+    assert said["enlarger"]
+    run(clean, source, tmp_path / "made.png", strength=0.0)
+    assert np.array_equal(levels(tmp_path / "said.png"), levels(tmp_path / "made.png"))
+
+
+class Stopping(SilentProgress):
+    """Ctrl-C after `left` pieces of work in `phase`."""
+
+    def __init__(self, phase: str, left: int) -> None:
+        self._phase, self._left, self._now = phase, left, ""
+
+    def phase(self, name: str, total: int) -> None:
+        self._now = name
+
+    def advance(self, count: int = 1) -> None:
+        self._left -= count * (self._now == self._phase)
+        if self._left < 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("strength", "phase"), [(0.0, "enlarge"), (0.3, "encode"), (0.3, "decode")])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(clean, source, tmp_path, strength, phase) -> None:
+    run(clean, source, tmp_path / "whole.png", strength=strength)
+    target = tmp_path / "made.png"
+    with pytest.raises(KeyboardInterrupt):
+        run(clean, source, target, Stopping(phase, 1), strength=strength)
+    assert not target.exists()
+    assert run(clean, source, target, strength=strength).to_json()["enlarger"]
+    assert target.read_bytes() == (tmp_path / "whole.png").read_bytes()
+
+
+def test_an_enlarger_of_another_refiner_is_refused(clean, source, tmp_path) -> None:
+    folder, other = tmp_path / "bundle", tmp_path / "other"
+    save_bundle_that_says(folder, 3.0)
+    save_bundle_that_says(other, 3.0, seed=9)
+    shutil.copytree(other / "vae", folder / "vae", dirs_exist_ok=True)
+    with pytest.raises(WeightsError, match="another autoencoder"):
+        run(open_bundle(str(folder)), source, tmp_path / "result.png")
+    assert not (tmp_path / "result.png").exists()
+    assert not run(open_bundle(str(folder)), source, tmp_path / "result.png", removal=True).to_json()["enlarger"]
+
+
+def test_a_damaged_enlarger_is_refused(clean, source, tmp_path) -> None:
+    folder = tmp_path / "bundle"
+    save_bundle_that_says(folder, 3.0)
+    file = folder / "enlarger" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(WeightsError, match="enlarger"):
+        run(open_bundle(str(folder)), source, tmp_path / "result.png")
+    assert not (tmp_path / "result.png").exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["astronaut", "coffee", "chelsea"])
+def test_the_shipped_one_is_better_than_the_cubic(name) -> None:
+    """Photos that it never trained on, shrunk to a quarter."""
+    made = open_bundle("mini").open_clean_refiner()
+    photo_PQC = getattr(data, name)()
+    P, Q = (side // 4 * 4 for side in photo_PQC.shape[:2])
+    hq = planes(photo_PQC[:P, :Q]).float() / 255
+    lq = (resize(hq, P // 4, Q // 4).clamp(0, 1) * 255).round() / 255
+    cubic = cubic_of(lq)
+
+    def psnr(x: torch.Tensor) -> float:
+        return float(-10 * torch.log10((x.clamp(0, 1) - hq).square().mean()))
+
+    assert psnr(cubic + made(cubic * 2 - 1) / 2) > psnr(cubic) + 0.5
