@@ -17,7 +17,9 @@ from dreamsr_cli.cli import app
 from dreamsr_cli.sampler import Sampler
 
 PATIENCE = 10.0
-"""Seconds that process 0 waits for the others' first batch."""
+"""Seconds that process 0 waits for the others' first batch, at most."""
+STRIP_PATIENCE = 120.0
+"""Seconds that it waits for their first strip, where it is told to."""
 
 
 def main(given: dict[str, Any]) -> None:
@@ -38,7 +40,7 @@ def main(given: dict[str, Any]) -> None:
             "MASTER_PORT": str(given["port"]),
         }
     others = [f"{name}.{other}.diary" for other in range(world) if other != rank] if rank == 0 else []
-    fates = given.get("kill_after"), given.get("fail_after"), given.get("strip_seconds", 0)
+    fates = given.get("kill_after"), given.get("fail_after"), given.get("meet_at_strips", False)
     keep_diary(f"{name}.{rank}.diary", others, *fates)
     sys.argv = ["dreamsr", *given["words"]]
     torch.set_num_threads(1)
@@ -54,11 +56,21 @@ def wait_for_others(diaries: list[str]) -> None:
     diaries.clear()
 
 
+def wait_for_strips(diaries: list[str]) -> None:
+    """Until every other process has begun with a strip."""
+    until = time.monotonic() + STRIP_PATIENCE
+    while diaries and time.monotonic() < until:
+        diaries[:] = [diary for diary in diaries if "strip" not in Path(diary).read_text()]
+        time.sleep(0.05)
+    diaries.clear()
+
+
 def keep_diary(
-    path: str, others: list[str], kill_after: int | None, fail_after: int | None, strip_seconds: float
+    path: str, others: list[str], kill_after: int | None, fail_after: int | None, meet_at_strips: bool
 ) -> None:
     """A line for each batch ("velocity step tile"), run of the ControlNet ("control tile"), decoded strip ("strip") and
     question to a captioner ("question pictures")."""
+    strangers = list(others) if meet_at_strips else []
     lines = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     velocity, control, count = Sampler._velocity, Sampler._control, [0]
     answer, strip = Captioner.answer, canvas.decode_strip
@@ -83,7 +95,7 @@ def keep_diary(
 
     def noted_strip(*given: Any) -> Any:
         os.write(lines, b"strip\n")
-        time.sleep(strip_seconds)
+        wait_for_strips(strangers)
         return strip(*given)
 
     for owner, name, noted in (

@@ -237,9 +237,9 @@ def test_an_interrupted_folder_leaves_what_one_process_leaves(launcher) -> None:
 def test_strips_are_decoded_by_all(launcher, request, kind, fix) -> None:
     words = ["tall.png", *launcher.common, "--model", str(request.getfixturevalue(kind)), "--color-fix", fix]
     words += ["--tile", "128", "--steps", "1"]
-    # Decoding is quick at this size: without the pause process 0 has done all before the helper has opened its decoder.
-    pause = {rank: 1.0 for rank in (0, 1)}
-    runs = [launcher.start(["upscale", *words, "-o", f"{kind}{n}.png"], n, strip_seconds=pause) for n in (1, 2)]
+    # Decoding is quick at this size: alone process 0 has done all before the helper has opened its decoder.
+    meet = {0: True}
+    runs = [launcher.start(["upscale", *words, "-o", f"{kind}{n}.png"], n, meet_at_strips=meet) for n in (1, 2)]
     assert [run.join() for run in runs] == [[0], [0, 0]], runs[1].text(0, "err")
     one, two = ((launcher.folder / f"{kind}{n}.png").read_bytes() for n in (1, 2))
     assert one == two
