@@ -62,7 +62,7 @@ class EnlargedPhoto:
         return np.clip(resize_rows(read, info.height, info.width, self.height, self.width, top, bottom), 0, 1)[..., 0]
 
 
-class ClearPhoto(EnlargedPhoto):
+class CleanPhoto(EnlargedPhoto):
     """A clean photo at the target size by the bundle's enlarger: what is encoded in the place of stage 1's result."""
 
     def __init__(

@@ -10,14 +10,10 @@ Axes: P Q pixel rows and columns, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from dreamsr_cli.canvas import EnlargedPhoto
-from dreamsr_cli.resample import resize_rows
-
-ReadRows = Callable[[int, int], np.ndarray]
+from dreamsr_cli.resample import ReadRows, resize_rows
 
 
 class ConsistentRows:

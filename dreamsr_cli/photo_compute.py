@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from dreamsr_cli.backoff import WorkPlan, place_weights, settle
-from dreamsr_cli.canvas import STRIP, ClearPhoto, DecodedCanvas, encode
+from dreamsr_cli.canvas import STRIP, CleanPhoto, DecodedCanvas, encode
 from dreamsr_cli.colour import fix_strips, reads
-from dreamsr_cli.consistency import ConsistentRows, ReadRows
+from dreamsr_cli.consistency import ConsistentRows
 from dreamsr_cli.journal_files import RowFile
 from dreamsr_cli.models.compiling import compile_blocks, compile_errors, compiled_code
 from dreamsr_cli.models.open_parts import RESTORER, OpenParts
@@ -24,6 +24,7 @@ from dreamsr_cli.overlap import beside
 from dreamsr_cli.phase_sharing import BundleId, DecodeSetup, TileSetup
 from dreamsr_cli.photo_job import PhotoJob
 from dreamsr_cli.progress import Progress
+from dreamsr_cli.resample import ReadRows
 from dreamsr_cli.sampler import ENCODE, PIXELS, REMOVE, Sampler, texture_name
 from dreamsr_cli.tile_work import Texts
 from dreamsr_cli.work_sharing import Crew, Setup, SharedWork
@@ -67,7 +68,7 @@ def restore(
     with _shared(None if settings.strength == 0 and not settings.removal else crew, setup, progress) as shared:
         if not journal.has("z_dr"):
             encoded = journal.piece("z_lq" if settings.removal else "z_dr", ENCODE, shape)
-            source = _clear(job, parts) if settings.enlarger else job.enlarged
+            source = _clean_photo(job, parts) if settings.enlarger else job.enlarged
             encode(source, job.grid, parts.autoencoder(), encoded, parts.device, progress)
             parts.release()
         if journal.has(last):
@@ -168,7 +169,7 @@ def write_pixels(
         beside(((asked, rows.read_rows(*asked)) for asked in wanted), fix)
 
     if z_0 is None:
-        write(_clear(job, parts, progress).read_rows)
+        write(_clean_photo(job, parts, progress).read_rows)
         return
     restored = settings.strength == 0
     decoders = DecodeSetup(BundleId.of(job.bundle), settings.device, settings.precision, width, restored)
@@ -177,8 +178,8 @@ def write_pixels(
         write(decoded.read_rows)
 
 
-def _clear(job: PhotoJob, parts: OpenParts, progress: Progress | None = None) -> ClearPhoto:
-    return ClearPhoto(job.photo, job.work.width, job.work.height, parts.clean_refiner(), parts.device, progress)
+def _clean_photo(job: PhotoJob, parts: OpenParts, progress: Progress | None = None) -> CleanPhoto:
+    return CleanPhoto(job.photo, job.work.width, job.work.height, parts.clean_refiner(), parts.device, progress)
 
 
 def _shared(

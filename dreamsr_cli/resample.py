@@ -14,6 +14,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+ReadRows = Callable[[int, int], np.ndarray]
+"""`read(top, bottom)` gives rows [top, bottom) of a picture, (rows, width, channels)."""
+
 _SUPPORT = 4.0  # source pixels under the cubic kernel when it does not shrink
 
 

@@ -24,12 +24,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from dreamsr_cli.models.autoencoder import Refiner
-from dreamsr_cli.resample import resize_rows
+from dreamsr_cli.resample import ReadRows, resize_rows
 
 FACTOR = Refiner.FOLD
 """Sides of the enlarged photo over those of the photo: what the refiner folds into channels."""
-
-ReadRows = Callable[[int, int], np.ndarray]
 
 
 class Enlarger(ModelMixin, ConfigMixin):
