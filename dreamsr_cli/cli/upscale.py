@@ -75,7 +75,7 @@ def command(
     consistency: Annotated[
         float | None,
         typer.Option(
-            help="Agree with the photo when shrunk again, 0 to 1 (default: as far as it looks clean).",
+            help="Agree with the photo when shrunk again, 0 to 1, from 0.6 on as a clean one (default: how clean it looks).",
             rich_help_panel=_METHOD,
         ),
     ] = None,
