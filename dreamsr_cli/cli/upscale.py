@@ -75,7 +75,7 @@ def command(
     consistency: Annotated[
         float | None,
         typer.Option(
-            help="Agree with the photo when shrunk again, 0 to 1, from 0.6 on as a clean one (default: how clean it looks).",
+            help="Agree with the photo when shrunk again, 0 to 1; from 0.6 on it is clean (default: as it looks).",
             rich_help_panel=_METHOD,
         ),
     ] = None,
