@@ -54,7 +54,7 @@ def pixels_alone(preset: str, size: int, crops: int) -> float:
 def files(photo: Path, out: Path, preset: str, size: int, crops: int, workers: int) -> tuple[float, float]:
     """(crops per second, seconds until all workers are ready), files and all."""
     chosen = PRESETS[preset]
-    settings = PairSettings("pixel", preset, 4, SEED, size, chosen is not None and chosen.sharpen, "skip", "none")
+    settings = PairSettings("pixel", preset, 4, SEED, size, chosen.sharpen, "skip", "none")
     plans = plan_set([read_source(photo)], settings, crops + workers)
     (out / "lq").mkdir(parents=True, exist_ok=True)
     (out / "hq").mkdir(exist_ok=True)

@@ -62,8 +62,8 @@ class EnlargedPhoto:
         return np.clip(resize_rows(read, info.height, info.width, self.height, self.width, top, bottom), 0, 1)[..., 0]
 
 
-class CleanPhoto(EnlargedPhoto):
-    """A clean photo at the target size by the bundle's enlarger: what is encoded in the place of stage 1's result."""
+class UndamagedPhoto(EnlargedPhoto):
+    """An undamaged photo at the target size by the bundle's enlarger: what is encoded instead of stage 1's result."""
 
     def __init__(
         self,

@@ -31,6 +31,9 @@ CONTROL_BYTES = 512 * 2**20
 computed again, with the same result."""
 PROMPT_MODES = ("both", "global", "local")
 """Which texts the two networks get; see `UpscaleConfig.prompt_mode`."""
+Looks = Literal["clean", "compressed", "damaged"]
+"""What a small photo looks like: its good version shrunk and nothing else; then saved as a fair JPEG; or worse."""
+LOOKS: tuple[Looks, ...] = ("clean", "compressed", "damaged")
 MAX_INPUT_PIXELS = 1_000_000_000
 """Larger photos are not decoded unless `--max-pixels` says so."""
 MAX_OUTPUT_PIXELS = 2_500_000_000
@@ -216,12 +219,15 @@ class UpscaleConfig:
     """What describes photo and tiles: one of `CAPTIONERS`, or a folder with weights."""
     color_fix: str | None = None
     """"wavelet", "adain" or "none"."""
+    looks: str = AUTO
+    """What the photos look like, one of `LOOKS`; "auto": what they look like to the bundle, damaged where it can't
+    tell."""
     consistency: float | None = None
     """How far the result, shrunk to the photo's size, is made to agree with it: 0 not, 1 as far as one step can. None:
-    as far as the photo looks clean to the bundle, 0 where that can't tell. From 0.6 on the photo counts as clean."""
+    as surely as the photo looks clean, 0 for others."""
     removal: bool | None = None
-    """Run stage 1; False starts texture from z_lq (ablation); None: if the bundle has a Restoration LoRA, and for clean
-    photos its enlarger instead."""
+    """Run stage 1; False starts texture from z_lq (ablation); None: if the bundle has a Restoration LoRA, and for
+    photos that don't look damaged its enlarger instead."""
     precision: str = "auto"
     """"auto", "fp32", "bf16" or "fp16": dtype of the networks. auto: bf16 where the device computes it natively,
     else fp32."""

@@ -3,7 +3,8 @@
 A small photo that nothing but its size is wrong with says exactly what the result must average to. One step of
 iterative back-projection (Irani and Peleg 1991) takes it at its word: what the photo has and the shrunk result hasn't
 is enlarged and added. For a damaged photo that would bring the damage back, so how much is added depends on what the
-photo looks like (`models/cleanliness.py`, `looks.py`), or on what people say.
+photo looks like (`models/cleanliness.py`, `looks.py`), or on what people say. A JPEG's own pixels would bring its
+blocks back; there the result agrees with what the enlarger made of the photo.
 
 Axes: P Q pixel rows and columns, C channels.
 """
@@ -23,9 +24,12 @@ class ConsistentRows:
     them, and depend on about four of the photo's pixels more on either side.
     """
 
-    def __init__(self, read_result: ReadRows, enlarged: EnlargedPhoto, amount: float) -> None:
-        """`read_result(top, bottom)` gives float32 rows (rows, width, 3), about [0, 1], of the size of `enlarged`."""
-        self._read_result, self._enlarged, self.amount = read_result, enlarged, amount
+    def __init__(
+        self, read_result: ReadRows, enlarged: EnlargedPhoto, amount: float, like: EnlargedPhoto | None = None
+    ) -> None:
+        """`read_result(top, bottom)` gives float32 rows (rows, width, 3), about [0, 1], of the size of `enlarged`.
+        `like`, of that size too: what shrunk takes the photo's place; None: the photo itself."""
+        self._read_result, self._enlarged, self.amount, self._like = read_result, enlarged, amount, like
 
     def read_rows(self, top: int, bottom: int) -> np.ndarray:
         """Rows [top, bottom), float32 (rows, width, 3), about [0, 1], not clipped."""
@@ -38,9 +42,14 @@ class ConsistentRows:
 
     def _missing(self, top: int, bottom: int) -> np.ndarray:
         """Rows [top, bottom) of the photo less the shrunk result."""
+        if self._like is None:
+            return self._enlarged.photo.read_rows(top, bottom) - self._shrunk(self._clipped, top, bottom)
+        return self._shrunk(self._like.read_rows, top, bottom) - self._shrunk(self._clipped, top, bottom)
+
+    def _shrunk(self, read_rows: ReadRows, top: int, bottom: int) -> np.ndarray:
+        """Rows [top, bottom) at the photo's size."""
         info, large = self._enlarged.photo.info, self._enlarged
-        shrunk_PQC = resize_rows(self._clipped, large.height, large.width, info.height, info.width, top, bottom)
-        return self._enlarged.photo.read_rows(top, bottom) - shrunk_PQC
+        return resize_rows(read_rows, large.height, large.width, info.height, info.width, top, bottom)
 
     def _clipped(self, top: int, bottom: int) -> np.ndarray:
         """The result as a file will hold it."""

@@ -14,7 +14,7 @@ from dreamsr_cli.backoff import smaller_tile
 from dreamsr_cli.bundle_sizes import read_sizes
 from dreamsr_cli.canvas import STRIP
 from dreamsr_cli.captioning import WEIGHTLESS, Captioner
-from dreamsr_cli.config import CaptionConfig, OutputConfig, UpscaleConfig
+from dreamsr_cli.config import AUTO, CaptionConfig, OutputConfig, UpscaleConfig
 from dreamsr_cli.device import choose_device, choose_dtype, dtype_name
 from dreamsr_cli.errors import DeviceError
 from dreamsr_cli.images import Photo, PhotoInfo, read_info
@@ -81,7 +81,7 @@ class Engine:
         self._sizes = read_sizes(bundle.config, bundle.part_folder)
         # Opened here: photos are read in another thread, and diffusers opens networks in one thread at a time only (it
         # makes every module that is built meanwhile one without weights).
-        self._judge = bundle.open_cleanliness() if settings.consistency is None else None
+        self._judge = bundle.open_cleanliness() if settings.looks == AUTO else None
         self._threads = torch.get_num_threads()
         self._limits = Limits(STRIP)
         machine = describe_machine(self.device, self.settings.precision, measure=False)

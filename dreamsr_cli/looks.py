@@ -1,20 +1,22 @@
 """What a photo looks like settles what nobody said: whether it was damaged, or only has too few pixels.
 
 A damaged photo goes through stage 1. A clean one has nothing to be removed: the bundle's enlarger takes the place of
-stage 1, and the result is made to agree with the photo (docs/method.md).
+stage 1, and the result is made to agree with the photo. So it is for a photo that is clean but for a fair JPEG, only
+that the result agrees with what the enlarger made of it: its pixels would bring the JPEG back (docs/method.md).
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+from dreamsr_cli.config import AUTO, LOOKS
 from dreamsr_cli.images import Photo
-from dreamsr_cli.models.cleanliness import Cleanliness, chance_of_clean
+from dreamsr_cli.models.cleanliness import Cleanliness, chances_of_looks
 from dreamsr_cli.settings import Settings
 
 LEAST_CHANCE = 0.6
-"""Below this chance of being clean a photo has no say: damage that comes back costs more than a clean photo gains, and
-few photos lie between."""
+"""Below this chance of not being damaged a photo goes through stage 1, and below this chance of being clean it has no
+say: damage that comes back costs more than a clean photo gains, and few photos lie between."""
 LEAST_FACTOR = 2.0
 """Enlarged by less, the photo's say would leave hardly any room for texture; at its own size none."""
 
@@ -22,19 +24,46 @@ LEAST_FACTOR = 2.0
 def settle_looks(
     photo: Photo, width: int, settings: Settings, judge: Cleanliness | None
 ) -> tuple[Settings, str | None]:
-    """Settings for this photo, to become `width` pixels wide, with `consistency`, `enlarger` and `removal` settled; and
-    a sentence for people where it looks clean. A function of photo, settings and judge alone; `judge`
-    None: nobody can tell."""
-    info, amount, sentence = photo.info, settings.consistency, None
+    """Settings for this photo, to become `width` pixels wide, with `looks`, `consistency`, `enlarger` and `removal`
+    settled; and a sentence for people where the photo was judged to be better than damaged. A function of photo,
+    settings and judge alone; `judge` None: nobody can tell."""
+    info = photo.info
     large = width >= LEAST_FACTOR * info.width
-    if amount is None:
-        chance = 0.0
+    chances: dict[str, float] = {settings.looks: 1.0}
+    if settings.looks == AUTO:
+        chances = {"damaged": 1.0}
         if large and judge is not None:
-            chance = chance_of_clean(judge, photo.read_rows, info.height, info.width)
-        amount = chance if chance >= LEAST_CHANCE else 0.0
-        if amount:
-            sentence = f"looks clean ({chance:.0%}), so the result keeps to it"
-    # Who says that it agrees this far says that it is clean.
-    enlarger = settings.enlarger is None and large and amount >= LEAST_CHANCE
-    removal = settings.removal and not enlarger
-    return dataclasses.replace(settings, consistency=amount, enlarger=enlarger, removal=removal), sentence
+            chances = chances_of_looks(judge, photo.read_rows, info.height, info.width)
+    looks = _looks(chances)
+    enlarger = looks != "damaged" if settings.enlarger is None else settings.enlarger
+    amount = settings.consistency
+    if amount is None:
+        keeps = {"clean": chances.get("clean", 0.0), "compressed": float(enlarger)}
+        amount = keeps.get(looks, 0.0) if large else 0.0
+    if looks == "compressed" and enlarger and settings.strength == 0:
+        amount = 0.0  # the result is what it would keep to
+    settled = dataclasses.replace(
+        settings, looks=looks, consistency=amount, enlarger=enlarger, removal=settings.removal and not enlarger
+    )
+    sentence = None
+    if settings.looks == AUTO and looks != "damaged":
+        sentence = _sentence(settled, chances)
+    return settled, sentence
+
+
+def _looks(chances: dict[str, float]) -> str:
+    """The first of `LOOKS` that, with those before it, is likely enough."""
+    total = 0.0
+    for looks in LOOKS:
+        total += chances.get(looks, 0.0)
+        if total >= LEAST_CHANCE:
+            return looks
+    return "damaged"
+
+
+def _sentence(settled: Settings, chances: dict[str, float]) -> str:
+    chance, found = chances["clean"], "looks clean"
+    if settled.looks == "compressed":
+        chance, found = min(1.0, chance + chances["compressed"]), "looks clean but for its JPEG"
+    follows = ["stage 1 is left out"] * bool(settled.enlarger) + ["the result keeps to it"] * bool(settled.consistency)
+    return f"{found} ({chance:.0%})" + (f", so {' and '.join(follows)}" if follows else "")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dreamsr_cli.backoff import WorkPlan, place_weights, settle
-from dreamsr_cli.canvas import STRIP, CleanPhoto, DecodedCanvas, encode
+from dreamsr_cli.canvas import STRIP, DecodedCanvas, UndamagedPhoto, encode
 from dreamsr_cli.colour import fix_strips, reads
 from dreamsr_cli.consistency import ConsistentRows
 from dreamsr_cli.journal_files import RowFile
@@ -41,8 +41,8 @@ def restore(
     crew: Crew | None = None,
 ) -> RowFile | None:
     """z_0 of the canvas: encode, remove, renoise, texture. Each network is opened for its turn, and freed after it
-    unless all fit. `embed` gives the photo's texts, and whether their padding is masked. None for a clean photo that
-    gets no texture: its pixels come from the enlarger."""
+    unless all fit. `embed` gives the photo's texts, and whether their padding is masked. None for an undamaged photo
+    that gets no texture: its pixels come from the enlarger."""
     if job.is_enlarged_only:
         return None
     settings, journal, shape = job.settings, job.journal, job.shape
@@ -68,7 +68,7 @@ def restore(
     with _shared(None if settings.strength == 0 and not settings.removal else crew, setup, progress) as shared:
         if not journal.has("z_dr"):
             encoded = journal.piece("z_lq" if settings.removal else "z_dr", ENCODE, shape)
-            source = _clean_photo(job, parts) if settings.enlarger else job.enlarged
+            source = _undamaged_photo(job, parts) if settings.enlarger else job.enlarged
             encode(source, job.grid, parts.autoencoder(), encoded, parts.device, progress)
             parts.release()
         if journal.has(last):
@@ -164,12 +164,13 @@ def write_pixels(
             journal.sync_sometimes(writer)
 
     def write(read_result: ReadRows) -> None:
-        rows = ConsistentRows(read_result, enlarged, settings.consistency or 0.0)
+        like = _undamaged_photo(job, parts) if job.keeps_to_enlarger else None
+        rows = ConsistentRows(read_result, enlarged, settings.consistency or 0.0, like)
         wanted = reads(settings.color_fix, height, STRIP, start)
         beside(((asked, rows.read_rows(*asked)) for asked in wanted), fix)
 
     if z_0 is None:
-        write(_clean_photo(job, parts, progress).read_rows)
+        write(_undamaged_photo(job, parts, progress).read_rows)
         return
     restored = settings.strength == 0
     decoders = DecodeSetup(BundleId.of(job.bundle), settings.device, settings.precision, width, restored)
@@ -178,8 +179,9 @@ def write_pixels(
         write(decoded.read_rows)
 
 
-def _clean_photo(job: PhotoJob, parts: OpenParts, progress: Progress | None = None) -> CleanPhoto:
-    return CleanPhoto(job.photo, job.work.width, job.work.height, parts.clean_refiner(), parts.device, progress)
+def _undamaged_photo(job: PhotoJob, parts: OpenParts, progress: Progress | None = None) -> UndamagedPhoto:
+    network = parts.enlarging_refiner(job.settings.looks)
+    return UndamagedPhoto(job.photo, job.work.width, job.work.height, network, parts.device, progress)
 
 
 def _shared(

@@ -186,8 +186,14 @@ class PhotoJob:
 
     @property
     def is_enlarged_only(self) -> bool:
-        """Whether the enlarger alone makes the result: a clean photo, and no texture asked for."""
+        """Whether the enlarger alone makes the result: a photo that isn't damaged, and no texture asked for."""
         return bool(self.settings.enlarger) and self.settings.strength == 0
+
+    @property
+    def keeps_to_enlarger(self) -> bool:
+        """Whether consistency is with what the enlarger made of the photo: for a compressed one."""
+        settings = self.settings
+        return bool(settings.enlarger and settings.consistency) and settings.looks == "compressed"
 
     @property
     def rows_written(self) -> int:

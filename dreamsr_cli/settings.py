@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dreamsr_cli.config import AUTO, CAPTIONERS, GRAIN, PROMPT_MODES, TILINGS, UpscaleConfig, is_captioner
+from dreamsr_cli.config import AUTO, CAPTIONERS, GRAIN, LOOKS, PROMPT_MODES, TILINGS, UpscaleConfig, is_captioner
 from dreamsr_cli.device import choose_device
 from dreamsr_cli.errors import UsageError
 from dreamsr_cli.memory_choice import decide_memory
@@ -36,10 +36,12 @@ class Settings:
     prompt_mode: str
     captioner: str
     color_fix: str
+    looks: str
+    """"auto": what the photo itself says."""
     consistency: float | None
     """None: what the photo itself says."""
     enlarger: bool | None
-    """Whether the bundle's enlarger takes the place of stage 1; None: where the photo looks clean."""
+    """Whether the bundle's enlarger takes the place of stage 1; None: where the photo doesn't look damaged."""
     removal: bool
     precision: str
     device: str
@@ -81,6 +83,12 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
     if config.overlap is None and tile:
         overlap = min(overlap, tile // 2 // 16 * 16)
     memory = decide_memory(config, bundle, tile)
+    looks = config.looks
+    if looks == AUTO and "cleanliness" not in bundle.config.parts:
+        looks = "damaged"
+    enlarger = None if looks == AUTO else looks != "damaged"
+    if "enlarger" not in bundle.config.parts or config.removal is not None:
+        enlarger = False
     settings = Settings(
         scale=config.scale if sized else pick(config.scale, float(bundle.config.scale)),
         long_side=config.long_side,
@@ -96,9 +104,10 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
         prompt_mode=config.prompt_mode,
         captioner=pick(config.captioner, defaults.captioner),
         color_fix=pick(config.color_fix, defaults.color_fix),
-        consistency=config.consistency if "cleanliness" in bundle.config.parts else config.consistency or 0.0,
-        enlarger=None if "enlarger" in bundle.config.parts and config.removal is None else False,
-        removal=pick(config.removal, "lora" in bundle.config.parts),
+        looks=looks,
+        consistency=0.0 if config.consistency is None and looks == "damaged" else config.consistency,
+        enlarger=enlarger,
+        removal=pick(config.removal, "lora" in bundle.config.parts and not enlarger),
         precision=config.precision,
         device=config.device,
         tile_batch=memory.tile_batch,
@@ -122,6 +131,7 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
         _check_range("--text-bucket", settings.text_bucket, 1, defaults.max_text_tokens)
     if settings.compile:
         check_compile(choose_device(config.device), memory.mode)
+    _check_choice("--looks", settings.looks, (AUTO, *LOOKS))
     if settings.consistency is not None:
         _check_range("--consistency", settings.consistency, 0, 1)
     _check_choice("--color-fix", settings.color_fix, COLOR_FIXES)

@@ -69,6 +69,8 @@ class Settings(Protocol):
     @property
     def color_fix(self) -> str: ...
     @property
+    def looks(self) -> str: ...
+    @property
     def consistency(self) -> float | None: ...
     @property
     def enlarger(self) -> bool | None: ...
@@ -359,7 +361,9 @@ class Workload:
         # The same network as decoding's; at x4 also the same size.
         if not self.steps:
             return {"enlarge": decoding * passes, "encode": 0, "decode": 0}
-        return {"enlarge": decoding, "encode": encoding, "decode": decoding * passes}
+        # Enlarged again for a result that keeps to the enlarger's photo (`PhotoJob.keeps_to_enlarger`).
+        again = passes if self.settings.looks == "compressed" and self.settings.consistency != 0 else 0
+        return {"enlarge": decoding * (1 + again), "encode": encoding, "decode": decoding * passes}
 
     def _extents(self, halo: int) -> list[int]:
         """Rows of each strip with its halo."""

@@ -16,6 +16,9 @@ from dreamsr_cli.models.enlarger import FACTOR, EnlargedRows, Enlarger
 from dreamsr_cli.resample import resize
 from dreamsr_cli.training.run_bundle import export
 
+CLEAN, COMPRESSED, DAMAGED = (3.0, -9.0, 0.0), (-9.0, 3.0, 0.0), (0.0, -9.0, 3.0)
+"""Logits of a judge that is sure of it by 95 %."""
+
 
 @torch.no_grad()
 def refiner(seed: int = 0, restored: bool = True) -> Refiner:
@@ -39,7 +42,7 @@ def enlarger(of: Refiner, seed: int = 1) -> Enlarger:
 
 def network() -> Refiner:
     """What enlarges."""
-    return enlarger(refiner()).merged(refiner())
+    return enlarger(refiner()).merged(refiner(), "clean")
 
 
 def rows_of(made: Refiner, photo_PQC: np.ndarray, height: int, width: int) -> EnlargedRows:
@@ -56,11 +59,11 @@ def cubic_of(photo_BCPQ: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def save_bundle_that_says(folder: Path, logit: float, seed: int = 0) -> Bundle:
-    """A tiny bundle with an enlarger, and a judge of one opinion."""
+def save_bundle_that_says(folder: Path, logits: tuple[float, float, float], seed: int = 0) -> Bundle:
+    """A tiny bundle with an enlarger, and a judge of one opinion (see `CLEAN`)."""
     judge = Cleanliness(width=6, hidden=8)
     judge.exit.weight.zero_()
-    judge.exit.bias.fill_(logit)
+    judge.exit.bias.copy_(torch.tensor(logits))
     made = networks()
     made.patches.refiner = refiner(seed)
     export(replace(made, cleanliness=judge, enlarger=enlarger(refiner(seed))), None, folder, made.config)

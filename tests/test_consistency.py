@@ -106,6 +106,23 @@ def test_rows_are_the_same_whatever_is_asked_for_with_them(tmp_path, factor) -> 
         assert np.array_equal(rows.read_rows(top, bottom), whole[top:bottom])
 
 
+def test_it_may_agree_with_another_picture_of_the_photo(tmp_path) -> None:
+    """What a compressed photo would be without its JPEG."""
+    case = Case(tmp_path, 4)
+
+    class Brighter(EnlargedPhoto):
+        def read_rows(self, top: int, bottom: int) -> np.ndarray:
+            return super().read_rows(top, bottom) + np.float32(0.1)
+
+    like = Brighter(case.enlarged.photo, case.enlarged.width, case.enlarged.height)
+    rows = ConsistentRows(lambda top, bottom: case.result_PQC[top:bottom], case.enlarged, 1, like)
+    whole = rows.read_rows(0, case.enlarged.height)
+    wanted = shrunk(like.read_rows(0, like.height), *case.photo_PQC.shape[:2])
+    assert np.abs(shrunk(whole, *wanted.shape[:2]) - wanted).mean() < 3 * LEVEL
+    assert case.distance(whole) > 20 * LEVEL
+    assert np.array_equal(rows.read_rows(13, 40), whole[13:40])
+
+
 # ---------------------------------------------------------------- as a person uses it
 
 

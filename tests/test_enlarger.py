@@ -10,21 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from enlargers import cubic_of, enlarger, network, planes, refiner, rows_of, save_bundle_that_says
+from enlargers import CLEAN, cubic_of, enlarger, network, planes, refiner, rows_of, save_bundle_that_says
 from PIL import Image
 from skimage import data
 from tiny_models import CPU, RECIPE
 
+from dreamsr_cli.config import Looks
 from dreamsr_cli.errors import ConfigError, TrainingError, UsageError
 from dreamsr_cli.models.bundle import Bundle, open_bundle
-from dreamsr_cli.models.enlarger import FACTOR, Enlarger, fingerprint
+from dreamsr_cli.models.enlarger import FACTOR, MANNERS, Enlarger, fingerprint
 from dreamsr_cli.progress import SilentProgress
 from dreamsr_cli.resample import resize
+from dreamsr_cli.training.looks_steps import enlarged
 from dreamsr_cli.training.networks import build_on
 from dreamsr_cli.training.plan import training_plan
 from dreamsr_cli.training.recipe import CropPlan, Recipe
 from dreamsr_cli.training.stages import STAGES
-from dreamsr_cli.training.steps import Crops, run_step
+from dreamsr_cli.training.step_data import Crops
+from dreamsr_cli.training.steps import run_step
 from dreamsr_cli.training.trainer import TrainJob, train
 
 
@@ -41,22 +44,27 @@ def _own_cache(tmp_path_factory, monkeypatch) -> None:
 def test_untrained_it_does_what_the_refiner_does_to_stage_1s_results(restored) -> None:
     made, cubic = refiner(restored=restored), torch.rand(2, 3, 36, 56)
     expected = cubic + made(cubic * 2 - 1, restored=True) / 2
-    assert torch.allclose(Enlarger.of(made, 3)(made, cubic), expected, atol=1e-6)
+    for looks in MANNERS:
+        assert torch.allclose(Enlarger.of(made, 3)(made, cubic, looks), expected, atol=1e-6)
     assert (expected - cubic).abs().max() > 0.01
 
 
 @torch.no_grad()
 def test_merged_it_is_a_refiner_of_its_own() -> None:
     made, of, cubic = enlarger(refiner()), refiner(), torch.rand(2, 3, 36, 56)
-    learnt = made(of, cubic)
-    assert torch.allclose(cubic + made.merged(of)(cubic * 2 - 1) / 2, learnt, atol=1e-6)
-    assert (learnt - Enlarger.of(of, 3)(of, cubic)).abs().max() > 0.01
+    for looks in MANNERS:
+        learnt = made(of, cubic, looks)
+        assert torch.allclose(cubic + made.merged(of, looks)(cubic * 2 - 1) / 2, learnt, atol=1e-6)
+        assert (learnt - Enlarger.of(of, 3)(of, cubic, looks)).abs().max() > 0.01
+    assert (learnt - made(of, cubic, MANNERS[0])).abs().max() > 0.01
 
 
 def test_gradients_reach_its_own_weights_alone() -> None:
     made, of = enlarger(refiner()), refiner()
-    made(of, torch.rand(1, 3, 16, 16)).square().mean().backward()
-    assert all(p.grad is not None and p.grad.any() for p in made.parameters())
+    made(of, torch.rand(1, 3, 16, 16), "clean").square().mean().backward()
+    learning = [p for name, p in made.named_parameters() if "compressed" not in name]
+    assert all(p.grad is not None and p.grad.any() for p in learning)
+    assert all(p.grad is None for p in made.manner("compressed").parameters())
     assert all(p.grad is None for p in of.parameters())
 
 
@@ -107,7 +115,13 @@ TINY = replace(
     steps=150,
     sizes=replace(RECIPE.sizes, enlarger_rank=6),
     data=replace(
-        RECIPE.data, crops=(CropPlan(64, 4, 1.0),), preset="bicubic", mix={}, full_photo=0.0, hold_out=1, workers=0
+        RECIPE.data,
+        crops=(CropPlan(64, 4, 1.0),),
+        preset="bicubic",
+        mix={"jpeg": 0.4},
+        full_photo=0.0,
+        hold_out=1,
+        workers=0,
     ),
     optim=replace(RECIPE.optim, lr=1e-2, warmup=5, ema=0.9),
     loss=replace(RECIPE.loss, pixel_kind="charbonnier"),
@@ -143,7 +157,7 @@ def test_it_learns_to_enlarge_better_than_the_cubic(trained) -> None:
     figures = [line["validation"] for line in lines if "validation" in line][-1]
     assert set(figures) == {"cubic_psnr", "enlarged_psnr"}
     assert figures["enlarged_psnr"] > figures["cubic_psnr"] + 0.1
-    assert "clean crops enlarged" in (trained / "bundle" / "README.md").read_text()
+    assert "undamaged crops enlarged" in (trained / "bundle" / "README.md").read_text()
 
 
 def test_stages_that_keep_its_refiner_keep_the_enlarger(trained, tiny_bundle, photos, tmp_path) -> None:
@@ -175,9 +189,9 @@ def test_a_run_goes_on_from_the_enlarger_that_is_there(trained, tiny_bundle, tmp
         return made
 
     assert known is not None
-    assert torch.equal(begun(TINY, source).exit.weight, known.exit.weight)
-    assert not torch.equal(begun(replace(TINY, fresh=True), source).exit.weight, known.exit.weight)
-    other = save_bundle_that_says(tmp_path / "other", 0.0, seed=9)
+    assert torch.equal(begun(TINY, source).down[0], known.down[0])
+    assert not torch.equal(begun(replace(TINY, fresh=True), source).down[0], known.down[0])
+    other = save_bundle_that_says(tmp_path / "other", CLEAN, seed=9)
     with pytest.raises(ConfigError, match="another refiner"):
         begun(TINY, other, source)
 
@@ -190,10 +204,41 @@ def test_flux_has_no_refiner_to_begin_with(tiny_flux_bundle) -> None:
 def test_damaged_crops_and_other_scales_are_refused(tiny_bundle) -> None:
     made = build_on(TINY, STAGES["enlarger"], open_bundle(str(tiny_bundle)), None, CPU, torch.float32)
     hq = torch.rand(1, 3, 64, 64)
+    damaged = Crops(0, hq, hq, [""], [""], lq=hq[..., ::4, ::4], looks=("damaged",))
     with pytest.raises(TrainingError, match="damaged"):
-        run_step("enlarge", made, TINY, None, None, Crops(0, hq, hq, [""], [""], lq=hq[..., ::4, ::4], clean=(False,)))
+        run_step("enlarge", made, TINY, None, None, damaged)
     with pytest.raises(TrainingError, match="scale 4, these have 2"):
-        run_step("enlarge", made, TINY, None, None, Crops(0, hq, hq, [""], [""], lq=hq[..., ::2, ::2], clean=(None,)))
+        run_step("enlarge", made, TINY, None, None, Crops(0, hq, hq, [""], [""], lq=hq[..., ::2, ::2], looks=(None,)))
+
+
+@torch.no_grad()
+def test_each_crop_is_enlarged_in_the_manner_of_its_looks(tiny_bundle) -> None:
+    made = build_on(TINY, STAGES["enlarger"], open_bundle(str(tiny_bundle)), None, CPU, torch.float32)
+    assert made.enlarger is not None
+    for parameter in made.enlarger.manner("compressed").parameters():
+        parameter.add_(0.1)
+    hq = torch.rand(4, 3, 64, 64)
+    looks: tuple[Looks | None, ...] = ("compressed", "clean", None, "compressed")
+    crops = Crops(0, hq, hq, [""] * 4, [""] * 4, lq=hq[..., ::4, ::4], looks=looks)
+    found = enlarged(made, crops)
+    for index, manner in enumerate(("compressed", "clean", "clean", "compressed")):
+        expected = made.enlarger(made.patches.refiner, hq[index : index + 1], manner)
+        assert torch.allclose(found[index], expected[0], atol=1e-6)
+
+
+def test_a_batch_of_one_manner_gives_every_weight_a_gradient(tiny_bundle) -> None:
+    """Else processes that drew other crops would wait for it for ever."""
+    made = build_on(TINY, STAGES["enlarger"], open_bundle(str(tiny_bundle)), None, CPU, torch.float32)
+    hq = torch.rand(1, 3, 64, 64)
+    crops = Crops(0, hq, hq, [""], [""], lq=hq[..., ::4, ::4], looks=("clean",))
+    assert made.enlarger is not None
+    made.enlarger.requires_grad_(True)
+    run_step("enlarge", made, TINY, None, None, crops).loss.backward()
+    gradients = {name: parameter.grad for name, parameter in made.enlarger.named_parameters()}
+    assert all(gradient is not None for gradient in gradients.values())
+    found = {name: bool(gradient.any()) for name, gradient in gradients.items() if gradient is not None}
+    assert not any(learns for name, learns in found.items() if "compressed" in name)
+    assert found["manners.clean.exit.weight"]
 
 
 def test_a_plan_counts_it() -> None:

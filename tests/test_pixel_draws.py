@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -175,6 +175,15 @@ def test_bicubic_draws_nothing_and_usm_can_be_set() -> None:
     assert plain == pixel.draw("bicubic", 2, "cd", 5)
     for preset in TABLE:
         assert [pixel.draw(preset, 1, "ab", 0, usm=usm).sharpen for usm in (True, False)] == [True, False]
+
+
+def test_jpeg_is_bicubic_and_a_fair_quality() -> None:
+    params = drawn("jpeg")
+    bicubic = replace(pixel.draw("bicubic", 1, "ab", 0), preset="jpeg")
+    assert all(replace(p, only_jpeg=None) == bicubic for p in params)
+    qualities = [p.only_jpeg or 0 for p in params]
+    assert set(qualities) == set(range(70, 99))
+    assert np.mean(qualities) == pytest.approx(84, abs=5 * 28 / math.sqrt(12 * DRAWS))
 
 
 def test_camera_keeps_the_size_and_adds_little() -> None:

@@ -18,7 +18,8 @@ from dreamsr_cli.progress import SilentProgress
 from dreamsr_cli.training.networks import MODULES, Networks, build_on
 from dreamsr_cli.training.recipe import CropPlan, Recipe, for_ablation
 from dreamsr_cli.training.stages import CONTROL, STAGES, kind_of_step
-from dreamsr_cli.training.steps import Crops, encode_texts, remove, run_step
+from dreamsr_cli.training.step_data import Crops
+from dreamsr_cli.training.steps import encode_texts, remove, run_step
 from dreamsr_cli.training.trainer import TrainJob, train
 
 PAPERS = ("controlnet", "restoration", "joint")

@@ -17,8 +17,8 @@ from dreamsr_cli.training.networks import MODULES, Networks, build
 from dreamsr_cli.training.recipe import CropPlan
 from dreamsr_cli.training.stages import STAGES
 from dreamsr_cli.training.step_crops import blank_some, plan_of_step
+from dreamsr_cli.training.step_data import Crops
 from dreamsr_cli.training.steps import (
-    Crops,
     draw_renoised,
     draw_texture,
     encode_texts,

@@ -45,7 +45,8 @@ def command(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="realesrgan, seesr-pairs, seesr-mild, camera or bicubic (default seesr-pairs).", rich_help_panel=_PIXEL
+            help="realesrgan, seesr-pairs, seesr-mild, camera, jpeg or bicubic (default seesr-pairs).",
+            rich_help_panel=_PIXEL,
         ),
     ] = None,
     scale: Annotated[

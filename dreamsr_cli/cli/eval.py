@@ -119,6 +119,10 @@ def command(
     color_fix: Annotated[
         str | None, typer.Option(help="wavelet, adain or none (default wavelet).", rich_help_panel=_METHOD)
     ] = None,
+    looks: Annotated[
+        str | None,
+        typer.Option(help="auto (default), clean, compressed or damaged.", rich_help_panel=_METHOD),
+    ] = None,
     consistency: Annotated[
         float | None, typer.Option(help="As in dreamsr upscale, 0 to 1.", rich_help_panel=_METHOD)
     ] = None,

@@ -35,6 +35,7 @@ SHARED = (
     "captioner",
     "prompt_mode",
     "color_fix",
+    "looks",
     "consistency",
     "removal",
     "precision",

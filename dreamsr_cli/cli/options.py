@@ -18,6 +18,7 @@ from typing import Any, Literal
 from dreamsr_cli.config import (
     AUTO,
     CAPTIONERS,
+    LOOKS,
     OFFLOADS,
     PROMPT_MODES,
     QUANTIZATIONS,
@@ -54,6 +55,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 _CHOICES: dict[str, tuple[str, ...]] = {
     "prompt_mode": PROMPT_MODES,
     "tiling": TILINGS,
+    "looks": (AUTO, *LOOKS),
     "color_fix": ("wavelet", "adain", "none"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "quantize": QUANTIZATIONS,

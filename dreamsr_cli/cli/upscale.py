@@ -72,10 +72,17 @@ def command(
     color_fix: Annotated[
         str | None, typer.Option(help="wavelet, adain or none (default wavelet).", rich_help_panel=_METHOD)
     ] = None,
+    looks: Annotated[
+        str | None,
+        typer.Option(
+            help="The photos: auto (default), clean, compressed (clean but for a fair JPEG) or damaged.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     consistency: Annotated[
         float | None,
         typer.Option(
-            help="Agree with the photo when shrunk again, 0 to 1; from 0.6 on it is clean (default: as it looks).",
+            help="Agree with the photo when shrunk again, 0 to 1 (default: as surely as it looks clean).",
             rich_help_panel=_METHOD,
         ),
     ] = None,

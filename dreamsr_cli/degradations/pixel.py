@@ -25,7 +25,7 @@ from PIL import Image
 
 from dreamsr_cli import draws, resample
 from dreamsr_cli.degradations.kernels import KernelParams, draw_blur, draw_sinc, gaussian, kernel_PQ
-from dreamsr_cli.degradations.presets import PRESETS, PassPreset
+from dreamsr_cli.degradations.presets import PRESETS, PassPreset, ShrinkPreset
 
 FILTERS = ("area", "bilinear", "bicubic")
 GREY_NOISE_SHARE = 0.4
@@ -73,13 +73,15 @@ class PixelParams:
     noise_seed: int
     """Key of the noise draws."""
     passes: tuple[PassParams, ...]
-    """Two, or none for `bicubic`."""
+    """Two, or none where the picture is only shrunk by the antialiased cubic."""
     final_filter: str
     """Filter of the resize to the final size."""
     final_sinc: KernelParams | None
     """None: no last sinc filter."""
     sinc_first: bool
     """Final resize and sinc before the last JPEG, instead of after it."""
+    only_jpeg: int | None = None
+    """Quality of the JPEG where there are no passes; None: none."""
 
 
 def draw(
@@ -91,9 +93,10 @@ def draw(
     sharpening.
     """
     chosen = PRESETS[preset]
-    if chosen is None:
-        return PixelParams(preset, scale, bool(usm), 0, (), "cubic", None, False)
     rng = draws.generator(seed, "degradation", source_sha256, crop_index)
+    if isinstance(chosen, ShrinkPreset):
+        quality = None if chosen.jpeg is None else int(rng.integers(chosen.jpeg[0], chosen.jpeg[1] + 1))
+        return PixelParams(preset, scale, bool(usm), 0, (), "cubic", None, False, quality)
     passes = (_draw_pass(rng, chosen.first), _draw_pass(rng, chosen.second))
     return PixelParams(
         preset=preset,
@@ -135,7 +138,8 @@ def degrade(hq_CPQ: torch.Tensor, params: PixelParams) -> torch.Tensor:
         raise ValueError(f"picture {tuple(hq_CPQ.shape)}: expected 3 channels and sides divisible by {params.scale}")
     p, q = P // params.scale, Q // params.scale
     if not params.passes:
-        return _cubic_levels(hq_CPQ, p, q)
+        small_CPQ = _cubic_levels(hq_CPQ, p, q)
+        return small_CPQ if params.only_jpeg is None else jpeg(small_CPQ, params.only_jpeg)
     first, second = params.passes
     x_CPQ = _soften(hq_CPQ, first.blur)
     x_CPQ = _interpolate(x_CPQ, int(P * first.factor), int(Q * first.factor), first.filter)

@@ -1,8 +1,10 @@
-"""Settings of the pixel degradation: what the two SeeSR settings, Real-ESRGAN and our own `camera` draw from."""
+"""Settings of the pixel degradation: what SeeSR's two, Real-ESRGAN and our own `camera` and `jpeg` draw from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from dreamsr_cli.config import Looks
 
 Range = tuple[float, float]
 
@@ -39,6 +41,16 @@ class Preset:
     """Chance of a last sinc filter."""
 
 
+@dataclass(frozen=True)
+class ShrinkPreset:
+    """The field's antialiased cubic downscale, and nothing else but perhaps a JPEG."""
+
+    jpeg: tuple[int, int] | None = None
+    """Lowest and highest JPEG quality, both included; None: no JPEG."""
+    sharpen: bool = False
+    """As in `Preset`."""
+
+
 def _first(resize: Range, gaussian: Range, poisson: Range, jpeg: tuple[int, int]) -> PassPreset:
     return PassPreset(resize, (0.2, 0.7, 0.1), 1.0, (0.2, 3.0), gaussian, poisson, jpeg)
 
@@ -57,7 +69,7 @@ _STRONG = Preset(
     sharpen=True,
 )
 
-PRESETS: dict[str, Preset | None] = {
+PRESETS: dict[str, Preset | ShrinkPreset] = {
     "seesr-mild": Preset(
         _first((0.3, 1.5), (1, 15), (0.05, 2.0), (60, 95)),
         _second((0.6, 1.2), 0.5, (1, 12), (0.05, 1.0), (60, 100)),
@@ -72,6 +84,16 @@ PRESETS: dict[str, Preset | None] = {
         sharpen=False,
         sinc_share=0.0,
     ),
-    "bicubic": None,
+    # Ours: a good photo as sites and phones hand it on.
+    "jpeg": ShrinkPreset((70, 98)),
+    "bicubic": ShrinkPreset(),
 }
-"""Presets by name; None: only the field's antialiased cubic downscale."""
+"""Presets by name."""
+
+
+def looks_after(preset: str) -> Looks:
+    """What photos look like that this preset, a key of `PRESETS`, degraded."""
+    chosen = PRESETS[preset]
+    if isinstance(chosen, Preset):
+        return "damaged"
+    return "clean" if chosen.jpeg is None else "compressed"

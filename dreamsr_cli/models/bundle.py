@@ -143,15 +143,15 @@ class Bundle:
         return load_part(Cleanliness, self.part_folder("cleanliness"), torch.float32)
 
     def open_enlarger(self) -> Enlarger | None:
-        """What makes a refiner enlarge clean photos, on the CPU in float32 and evaluation mode; None where there is
+        """What makes a refiner enlarge undamaged photos, on the CPU in float32 and evaluation mode; None where there is
         none."""
         if "enlarger" not in self.config.parts:
             return None
         return load_part(Enlarger, self.part_folder("enlarger"), torch.float32)
 
-    def open_clean_refiner(self) -> Refiner:
-        """The refiner as the enlarger makes it, on the CPU in float32; for bundles that have one. Raises `WeightsError`
-        where it was made for another refiner."""
+    def open_enlarging_refiner(self, looks: str) -> Refiner:
+        """The refiner as the enlarger makes it for photos of these looks (`enlarger.MANNERS`), on the CPU in float32;
+        for bundles that have one. Raises `WeightsError` where it was made for another refiner."""
         enlarger = self.open_enlarger()
         assert enlarger is not None, "ask whether the bundle has the part"
         refiner = load_part(PatchAutoencoder, self.part_folder("vae"), torch.float32).refiner
@@ -160,7 +160,7 @@ class Bundle:
                 f"bundle {self.config.name}: its enlarger was made for another autoencoder",
                 "train it again (dreamsr train --stage enlarger --set fresh=true), or use --removal",
             )
-        return enlarger.merged(refiner)
+        return enlarger.merged(refiner, looks)
 
     def open_text_encoder(self, device: torch.device, dtype: torch.dtype, mode: MemoryMode = PLAIN) -> TextEncoder:
         """The text encoder in evaluation mode; `mode` concerns T5, the built-in encoder is small."""

@@ -1,10 +1,11 @@
-"""Cleanliness: whether a small photo is as its good version would be when shrunk, or was damaged on the way.
+"""Cleanliness: whether a small photo is as its good version would be when shrunk, was then saved as a fair JPEG, or was
+damaged on the way.
 
 Noise, blur and JPEG show in the fine detail alone, and most where there is least of it. So a few convolutions look at
 the photo without its coarse part, and of what each finds only four figures go on: its energy on average and in quiet,
 middling and busy places. What the photo shows plays hardly any part, and a few thousand weights do.
 
-Axes: B batch, C channels, P Q pixel rows and columns of the small photo, N cells of 8x8 pixels.
+Axes: B batch, C channels, K looks, P Q pixel rows and columns of the small photo, N cells of 8x8 pixels, or windows.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+
+from dreamsr_cli.config import LOOKS
 
 WINDOW = 64
 """Side of the windows that a photo is judged by, in its pixels: what crops of 256 pixels are at x4."""
@@ -38,7 +41,7 @@ _YCC = ((0.299, 0.587, 0.114), (-0.169, -0.331, 0.5), (0.5, -0.419, -0.081))
 
 
 class Cleanliness(ModelMixin, ConfigMixin):
-    """A small network from photos to a logit: above 0 the photo is more likely clean than damaged."""
+    """A small network from photos to what they look like."""
 
     @register_to_config
     def __init__(self, width: int = 24, layers: int = 2, hidden: int = 48) -> None:
@@ -47,14 +50,15 @@ class Cleanliness(ModelMixin, ConfigMixin):
         self.entry = nn.Conv2d(3, width, 5)
         self.inner = nn.ModuleList(nn.Conv2d(width, width, 3) for _ in range(layers))
         self.mixing = nn.Linear(4 * width, hidden)
-        self.exit = nn.Linear(hidden, 1)
+        self.exit = nn.Linear(hidden, len(LOOKS))
 
     def forward(self, photo_BCPQ: Tensor) -> Tensor:
-        """Small photos (B, 3, P, Q) in [0, 1], P and Q at least `LEAST_SIDE`, to logits (B,), float32."""
+        """Small photos (B, 3, P, Q) in [0, 1], P and Q at least `LEAST_SIDE`, to a logit for each of
+        `LOOKS`, (B, K), float32."""
         x = self.entry(fine_detail(photo_BCPQ))
         for layer in self.inner:
             x = x[:, :, 1:-1, 1:-1] + layer(F.silu(x))
-        return self.exit(F.silu(self.mixing(_figures(x) / 3)))[:, 0]
+        return self.exit(F.silu(self.mixing(_figures(x) / 3)))
 
 
 def fine_detail(photo_BCPQ: Tensor) -> Tensor:
@@ -75,10 +79,11 @@ def _figures(x_BCPQ: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def chance_of_clean(
+def chances_of_looks(
     network: Cleanliness, read_rows: Callable[[int, int], np.ndarray], height: int, width: int
-) -> float:
-    """How likely a photo is clean, 0 to 1, to two digits: the mean logit of the busiest of the windows spread over it.
+) -> dict[str, float]:
+    """How likely a photo looks like each of `LOOKS`, 0 to 1, to two digits: by the mean logits of the busiest of the
+    windows spread over it.
 
     `read_rows(top, bottom)`: its rows, float32 (rows, width, 3) in [0, 1]. A photo smaller than a window is repeated
     by reflection.
@@ -95,7 +100,8 @@ def chance_of_clean(
             energies.append(fine_detail(window_BCPQ)[:, 0].square().mean())
     energy_N = torch.stack(energies)
     busy_N = energy_N >= energy_N.quantile(1 - BUSY)
-    return round(float(torch.sigmoid(torch.cat(logits)[busy_N].mean())), 2)
+    chance_K = torch.cat(logits)[busy_N].mean(0).softmax(0)
+    return {looks: round(float(chance), 2) for looks, chance in zip(LOOKS, chance_K, strict=True)}
 
 
 def _starts(side: int) -> list[int]:

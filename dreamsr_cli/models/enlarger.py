@@ -1,7 +1,8 @@
-"""The enlarger: a clean photo four times as large, as sharp as its own pixels allow.
+"""The enlarger: an undamaged photo four times as large, as sharp as its own pixels allow.
 
 Where nothing but its size is wrong with a photo there is no damage to remove, and a small network that knows only
-shrinking guesses its edges better than a large one that has to be ready for everything (docs/mini.md, row 22). Ours is
+shrinking guesses its edges better than a large one that has to be ready for everything (docs/mini.md, row 22). A fair
+JPEG is a damage so small and so uniform that the same holds for it, in a manner of its own (row 32). Ours is
 the built-in autoencoder's refiner once more: it sees the photo enlarged by the antialiased cubic instead of a decoded
 latent, and its kernels are changed by low-rank products, as a LoRA's are (Hu et al. 2021). So it begins with what the
 refiner knows of photos, and weighs next to nothing.
@@ -23,16 +24,19 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from dreamsr_cli.config import LOOKS
 from dreamsr_cli.models.autoencoder import Refiner
 from dreamsr_cli.resample import ReadRows, resize_rows
 
 FACTOR = Refiner.FOLD
 """Sides of the enlarged photo over those of the photo: what the refiner folds into channels."""
+MANNERS = LOOKS[:2]
+"""Looks of photos that it is for: clean and compressed."""
 
 
 class Enlarger(ModelMixin, ConfigMixin):
-    """For each convolution of a refiner but the last: a change of its kernel of rank `rank` (`up` times `down`), and a
-    bias; and a last convolution of its own. Fits that one refiner alone (`refiner`: its `fingerprint`)."""
+    """For each convolution of a refiner but the last a change of its kernel of rank `rank`: `down`, and what each
+    manner makes of it. Fits that one refiner alone (`refiner`: its `fingerprint`)."""
 
     @register_to_config
     def __init__(self, width: int = 96, blocks: int = 5, rank: int = 24, refiner: str = "") -> None:
@@ -41,45 +45,61 @@ class Enlarger(ModelMixin, ConfigMixin):
         folded, inner = 3 * FACTOR**2, 1 + 2 * blocks
         inputs = [folded] + [width] * (inner - 1)
         self.down = nn.ParameterList(torch.randn(rank, 9 * n) / (9 * n) ** 0.5 for n in inputs)
-        self.up = nn.ParameterList(torch.zeros(width, rank) for _ in inputs)
-        self.bias = nn.ParameterList(torch.zeros(width) for _ in inputs)
-        self.exit = nn.Conv2d(width, folded, 3, padding=1)
+        self.manners = nn.ModuleDict({looks: EnlargerManner(inner, width, rank, folded) for looks in MANNERS})
 
     @classmethod
     @torch.no_grad()
     def of(cls, refiner: Refiner, rank: int) -> Enlarger:
         """An untrained one, which does what the refiner does to stage 1's results."""
         made = cls(refiner.width, len(refiner.blocks), rank, fingerprint(refiner))
-        for own, (_, bias_C) in zip(made.bias, refiner.restored_kernels(), strict=True):
-            own.copy_(bias_C)
         last = refiner.exit if refiner.restored is None else refiner.restored.exit
-        made.exit.load_state_dict(last.state_dict())
+        for manner in map(made.manner, MANNERS):
+            for own, (_, bias_C) in zip(manner.bias, refiner.restored_kernels(), strict=True):
+                own.copy_(bias_C)
+            manner.exit.load_state_dict(last.state_dict())
         return made
 
-    def forward(self, refiner: Refiner, cubic_B3PQ: Tensor) -> Tensor:
-        """Photos enlarged by the antialiased cubic, in [0, 1], P and Q multiples of 4, to enlarged photos, float32,
-        about [0, 1], not clamped. Gradients reach the enlarger's weights alone."""
-        kernels = self._kernels(refiner)
+    def manner(self, looks: str) -> EnlargerManner:
+        """What is its own for photos of these looks, one of `MANNERS`."""
+        return cast(EnlargerManner, self.manners[looks])
+
+    def forward(self, refiner: Refiner, cubic_B3PQ: Tensor, looks: str) -> Tensor:
+        """Photos of one of `MANNERS` enlarged by the antialiased cubic, in [0, 1], P and Q multiples of 4, to enlarged
+        photos, float32, about [0, 1], not clamped. Gradients reach the enlarger's weights alone."""
+        kernels, last = self._kernels(refiner, looks), self.manner(looks).exit
 
         def convolve(layer: int, x: Tensor) -> Tensor:
             return F.conv2d(x, *kernels[layer], padding=1)
 
-        rgb_B3PQ = (cubic_B3PQ * 2 - 1).to(self.exit.weight.dtype)
-        return cubic_B3PQ.float() + refiner.walk(rgb_B3PQ, convolve, self.exit).float() / 2
+        rgb_B3PQ = (cubic_B3PQ * 2 - 1).to(last.weight.dtype)
+        return cubic_B3PQ.float() + refiner.walk(rgb_B3PQ, convolve, last).float() / 2
 
     @torch.no_grad()
-    def merged(self, refiner: Refiner) -> Refiner:
-        """A refiner of these kernels: on [-1, 1], what it corrects of the cubic (`EnlargedRows`)."""
+    def merged(self, refiner: Refiner, looks: str) -> Refiner:
+        """A refiner of these kernels: on [-1, 1], what it corrects of the cubic of photos of one of `MANNERS`
+        (`EnlargedRows`)."""
         made = Refiner(refiner.width, len(refiner.blocks))
-        for conv, (kernel, bias_C) in zip(made.convolutions, self._kernels(refiner), strict=True):
+        for conv, (kernel, bias_C) in zip(made.convolutions, self._kernels(refiner, looks), strict=True):
             conv.weight.copy_(kernel)
             cast(Tensor, conv.bias).copy_(bias_C)
-        made.exit.load_state_dict(self.exit.state_dict())
+        made.exit.load_state_dict(self.manner(looks).exit.state_dict())
         return made.eval()
 
-    def _kernels(self, refiner: Refiner) -> list[tuple[Tensor, Tensor]]:
-        own = zip(refiner.restored_kernels(), self.down, self.up, self.bias, strict=True)
+    def _kernels(self, refiner: Refiner, looks: str) -> list[tuple[Tensor, Tensor]]:
+        manner = self.manner(looks)
+        own = zip(refiner.restored_kernels(), self.down, manner.up, manner.bias, strict=True)
         return [(kernel + (up @ down).view_as(kernel), bias_C) for (kernel, _), down, up, bias_C in own]
+
+
+class EnlargerManner(nn.Module):
+    """What an enlarger does for photos of one kind of looks: for each convolution but the last `up`, which makes a
+    change of its kernel of the shared `down`, and a bias; and a last convolution."""
+
+    def __init__(self, convolutions: int, width: int, rank: int, outputs: int) -> None:
+        super().__init__()
+        self.up = nn.ParameterList(torch.zeros(width, rank) for _ in range(convolutions))
+        self.bias = nn.ParameterList(torch.zeros(width) for _ in range(convolutions))
+        self.exit = nn.Conv2d(width, outputs, 3, padding=1)
 
 
 @torch.no_grad()

@@ -45,14 +45,14 @@ class OpenParts:
         """See `Bundle.open_autoencoder`."""
         return self._get(AUTOENCODER, lambda: self.bundle.open_autoencoder(self.device, self.dtype))
 
-    def clean_refiner(self) -> Refiner:
-        """See `Bundle.open_clean_refiner`."""
+    def enlarging_refiner(self, looks: str) -> Refiner:
+        """See `Bundle.open_enlarging_refiner`."""
 
         def open_part() -> Refiner:
-            network: Any = self.bundle.open_clean_refiner().to(self.device)
+            network: Any = self.bundle.open_enlarging_refiner(looks).to(self.device)
             return network.to(self.dtype, memory_format=torch.channels_last)
 
-        return self._get(ENLARGER, open_part)
+        return self._get(f"{ENLARGER} {looks}", open_part)
 
     def restorer(self, mask_pads: bool) -> Restorer:
         """See `Bundle.open_restorer`; not placed yet where it was just loaded. One that had to be offloaded block by
@@ -67,7 +67,7 @@ class OpenParts:
 
     def release(self) -> None:
         """Free what isn't kept."""
-        self._free([name for name in self._open if name not in self.keep])
+        self._free([name for name in self._open if name.split()[0] not in self.keep])
 
     def make_room(self, but: str | None = None) -> bool:
         """Free everything but one part, and keep nothing from now on; whether that gave any memory back."""

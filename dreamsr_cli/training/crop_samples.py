@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from dreamsr_cli import draws
-from dreamsr_cli.config import GRAIN
+from dreamsr_cli.config import GRAIN, Looks
 from dreamsr_cli.degradations import pixel
-from dreamsr_cli.degradations.presets import PRESETS
+from dreamsr_cli.degradations.presets import PRESETS, looks_after
 from dreamsr_cli.errors import ConfigError, InputError, TrainingError
 from dreamsr_cli.models.captioner import Describer
 from dreamsr_cli.models.detail_words import with_detail
@@ -112,8 +112,8 @@ class Sample:
     """Words for the whole photo, turned as the crop is."""
     origin: str
     """Name of the photo, or `DEAD_LEAVES`."""
-    clean: bool | None
-    """Whether the bad crop is the good one shrunk, and nothing else; None for pairs on disk, which don't say."""
+    looks: Looks | None
+    """What the bad crop looks like; None for pairs on disk, which don't say."""
     erased_CPQ: np.ndarray | None = None
     """The good crop with its texture erased (3, P, P) uint8, where the set has it."""
     bad: tuple[SkippedPhoto, ...] = ()
@@ -193,7 +193,7 @@ def _try(source: Source, settings: CropSettings, step: int, index: int, attempt:
     size, full, whole = crop_side(source, settings, step), False, False
     global_text: str | None = None
     local_text: str | None = None
-    clean: bool | None = None
+    looks: Looks | None = None
     lq_PQC = erased_PQC = None
     sharpen = settings.usm
     if rng.random() < settings.dead_leaves:
@@ -221,7 +221,7 @@ def _try(source: Source, settings: CropSettings, step: int, index: int, attempt:
         global_text, local_text = _texts(source, item, hq_PQC, corner, size, turn)
     if lq_PQC is None:
         preset, crop_index = _preset(settings, step, index), step * SAMPLES_PER_STEP + index
-        clean = PRESETS[preset] is None
+        looks = looks_after(preset)
         params = pixel.draw(preset, settings.seed, sha256, crop_index, settings.scale, sharpen)
         hq_CPQ = _levels(pixel.sharpen(hq_CPQ) if params.sharpen else hq_CPQ)
         lq_CPQ = _levels(pixel.degrade(hq_CPQ.float() / 255, params)).numpy()
@@ -235,7 +235,7 @@ def _try(source: Source, settings: CropSettings, step: int, index: int, attempt:
         if draws.generator(settings.seed, "detail-words", step, index).random() < settings.detail_words:
             local_text = with_detail(local_text, crop_PQC)
     erased_CPQ = None if erased_PQC is None else np.ascontiguousarray(erased_PQC.transpose(2, 0, 1))
-    return Sample(hq_CPQ.numpy(), lq_CPQ, local_text, global_text or local_text, origin, clean, erased_CPQ)
+    return Sample(hq_CPQ.numpy(), lq_CPQ, local_text, global_text or local_text, origin, looks, erased_CPQ)
 
 
 def _texts(

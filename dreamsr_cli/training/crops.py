@@ -24,6 +24,7 @@ from multiprocessing.connection import wait
 import numpy as np
 import torch
 
+from dreamsr_cli.config import Looks
 from dreamsr_cli.degradations import pixel
 from dreamsr_cli.errors import TrainingError
 from dreamsr_cli.training.crop_samples import (
@@ -50,8 +51,8 @@ class Batch:
     """Bad crops enlarged to the same size by the field's cubic, float32 in [0, 1]."""
     lq_BCPQ: torch.Tensor
     """Bad crops as they are, float32 in [0, 1]."""
-    clean: list[bool | None]
-    """See `Sample.clean`."""
+    looks: list[Looks | None]
+    """See `Sample.looks`."""
     local_texts: list[str]
     global_texts: list[str]
     erased_BCPQ: torch.Tensor | None = None
@@ -124,7 +125,7 @@ class _Arrays:
     hq_BCPQ: np.ndarray
     lq_up_BCPQ: np.ndarray
     lq_BCPQ: np.ndarray
-    clean: list[bool | None]
+    looks: list[Looks | None]
     erased_BCPQ: np.ndarray | None
     local_texts: list[str]
     global_texts: list[str]
@@ -164,7 +165,7 @@ def _make_batch(source: Source, settings: CropSettings, batch: int, step: int, f
         np.stack([s.hq_CPQ for s in samples]),
         torch.stack(lq_up).numpy(),
         np.stack([s.lq_CPQ for s in samples]),
-        [s.clean for s in samples],
+        [s.looks for s in samples],
         np.stack(erased) if len(erased) == batch else None,
         [s.local_text for s in samples],
         [s.global_text for s in samples],
@@ -179,7 +180,7 @@ def _to_batch(step: int, first: int, arrays: _Arrays) -> Batch:
         torch.from_numpy(arrays.hq_BCPQ).float() / 255,
         torch.from_numpy(arrays.lq_up_BCPQ),
         torch.from_numpy(arrays.lq_BCPQ).float() / 255,
-        arrays.clean,
+        arrays.looks,
         arrays.local_texts,
         arrays.global_texts,
         None if erased is None else torch.from_numpy(erased).float() / 255,

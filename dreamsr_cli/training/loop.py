@@ -24,7 +24,8 @@ from dreamsr_cli.training.sample_crops import sample_rows
 from dreamsr_cli.training.sources import SkippedPhoto, Source
 from dreamsr_cli.training.stages import Stage, kind_of_step
 from dreamsr_cli.training.step_crops import StepCrops
-from dreamsr_cli.training.steps import Critic, Crops, Outcome, run_step
+from dreamsr_cli.training.step_data import Crops, Outcome
+from dreamsr_cli.training.steps import Critic, run_step
 from dreamsr_cli.training.trackers import Trackers
 from dreamsr_cli.training.validation import validate
 from dreamsr_cli.training.watch import LossWatch

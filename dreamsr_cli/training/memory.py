@@ -17,6 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from dreamsr_cli.models.autoencoder import STRIDE, FluxAutoencoder, PatchAutoencoder
+from dreamsr_cli.models.enlarger import MANNERS
 from dreamsr_cli.models.text_encoder import TextEmbedding
 from dreamsr_cli.training.activations import saved_bytes
 from dreamsr_cli.training.part_configs import MetaNetworks
@@ -190,7 +191,7 @@ def _small_network_bytes(networks: MetaNetworks, kind: str, side: int) -> int:
         if enlarger is None or not isinstance(autoencoder, PatchAutoencoder):
             return 0
         cubic = torch.empty(1, 3, side, side, device="meta")
-        return saved_bytes(lambda: enlarger(autoencoder.refiner, cubic).sum(), [enlarger])
+        return saved_bytes(lambda: enlarger(autoencoder.refiner, cubic, MANNERS[0]).sum(), [enlarger])
     network = networks.cleanliness
     if network is None:
         return 0

@@ -10,13 +10,14 @@ import torch
 from dreamsr_cli import flow
 from dreamsr_cli.draws import generator
 from dreamsr_cli.training.crops import batches
+from dreamsr_cli.training.looks_steps import enlarged
 from dreamsr_cli.training.networks import Networks
 from dreamsr_cli.training.recipe import Recipe
 from dreamsr_cli.training.samples import Row
 from dreamsr_cli.training.sources import Source
 from dreamsr_cli.training.stages import Stage
 from dreamsr_cli.training.step_crops import crop_settings, on_device
-from dreamsr_cli.training.steps import encode_texts, enlarged, remove, texture_velocity
+from dreamsr_cli.training.steps import encode_texts, remove, texture_velocity
 
 SHOWN = 4
 """Crops on a sheet."""

@@ -1,8 +1,8 @@
 """Stages are data: which parts train in which kind of step, and what a step is made of (method.md, Training).
 
 Stages `autoencoder` and `backbone` make a bundle that has no pretrained prior (decisions.md). Stage `cleanliness`
-trains what judges photos, stage `enlarger` what enlarges clean ones. The other three are the paper's: the transformer
-is frozen, and only the MM-ControlNet (texture steps) and the LoRA (removal steps) learn.
+trains what judges photos, stage `enlarger` what enlarges undamaged ones. The other three are the paper's: the
+transformer is frozen, and only the MM-ControlNet (texture steps) and the LoRA (removal steps) learn.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LORA = ("lora",)
 JUDGE = ("cleanliness",)
 """What tells clean photos from damaged ones."""
 ENLARGER = ("enlarger",)
-"""What enlarges clean photos."""
+"""What enlarges undamaged photos."""
 EVERYTHING = ("transformer", *CONTROL, "text_encoder", "refiner", "lora")
 
 
@@ -32,8 +32,8 @@ class Stage:
     learners: dict[str, tuple[str, ...]]
     """For each kind of step the parts that learn in it, with an AdamW of their own. Kinds: "reconstruct" (clean crops
     through encode and decode), "texture" (eq. 5 and 6, LoRA off), "removal" (eq. 7, LoRA on), "both" (a removal part,
-    then a texture part on the same crops, one loss), "judge" (bad crops alone: clean or damaged),
-    "enlarge" (crops that were only shrunk, back to their good versions)."""
+    then a texture part on the same crops, one loss), "judge" (bad crops alone: how they look),
+    "enlarge" (crops that were only shrunk, or then saved as JPEGs, back to their good versions)."""
     fit_transform: bool = False
     """Fit the patch transform in closed form before the first step."""
     prior: bool = True
@@ -78,8 +78,8 @@ STAGES = {
         Stage("controlnet", "texture: the MM-ControlNet", {"texture": CONTROL}),
         Stage("restoration", "removal: the LoRA", {"removal": LORA}),
         Stage("joint", "texture or removal, drawn step by step", {"texture": CONTROL, "removal": LORA}),
-        Stage("cleanliness", "whether a photo is clean, for --consistency", {"judge": JUDGE}),
-        Stage("enlarger", "enlarging photos that are clean", {"enlarge": ENLARGER}),
+        Stage("cleanliness", "what photos look like, for --looks auto", {"judge": JUDGE}),
+        Stage("enlarger", "enlarging photos that only lack pixels", {"enlarge": ENLARGER}),
     )
 }
 

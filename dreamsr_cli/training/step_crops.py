@@ -12,7 +12,7 @@ from dreamsr_cli.training.crops import Batch, CropSettings, batches
 from dreamsr_cli.training.distributed import share_of
 from dreamsr_cli.training.recipe import Recipe
 from dreamsr_cli.training.sources import SkippedPhoto, Source
-from dreamsr_cli.training.steps import Crops
+from dreamsr_cli.training.step_data import Crops
 
 
 class StepCrops:
@@ -79,7 +79,7 @@ def on_device(batch: Batch, device: torch.device) -> Crops:
         None if batch.erased_BCPQ is None else batch.erased_BCPQ.to(device),
         batch.first,
         batch.lq_BCPQ.to(device),
-        tuple(batch.clean),
+        tuple(batch.looks),
     )
 
 

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dreamsr_cli import flow
@@ -22,19 +19,18 @@ from dreamsr_cli.errors import TrainingError
 from dreamsr_cli.losses import (
     hinge_generator,
     lattice_strength,
-    pixel_distance,
     pixel_loss,
     removal_loss,
     velocity_loss,
 )
-from dreamsr_cli.models.cleanliness import LEAST_SIDE
 from dreamsr_cli.models.conditioned_dit import Injections
-from dreamsr_cli.models.enlarger import FACTOR
 from dreamsr_cli.models.perceptual import Perceptual, on_window
 from dreamsr_cli.models.text_encoder import ByteTextEncoder, TextEmbedding, stack
+from dreamsr_cli.training.looks_steps import enlarge_step, judge_step
 from dreamsr_cli.training.networks import Networks
 from dreamsr_cli.training.recipe import PAPERS_GAN, Recipe
 from dreamsr_cli.training.stages import CONTROL
+from dreamsr_cli.training.step_data import Crops, Outcome
 
 TEXT_BUCKET = 24
 """Prompts of a batch are padded to a multiple of this many tokens: compiled blocks then meet few shapes."""
@@ -43,38 +39,6 @@ PIXEL_T = 0.2
 
 Critic = Callable[[Tensor], Tensor]
 """Pictures (B, 3, P, Q) -> the discriminator's logits, gradients to the pictures only."""
-
-
-@dataclass(frozen=True)
-class Crops:
-    """What a step is given, on the device of the networks."""
-
-    step: int
-    hq: Tensor
-    """Good crops (B, 3, P, Q) in [0, 1]."""
-    lq_up: Tensor
-    """Bad crops enlarged to the same size, in [0, 1]."""
-    local_texts: list[str]
-    global_texts: list[str]
-    erased: Tensor | None = None
-    """Good crops without their texture, in [0, 1]; None where the data have none."""
-    first: int = 0
-    """Index of the first crop in the global batch: what draws depend on, with the step."""
-    lq: Tensor | None = None
-    """Bad crops as they are, in [0, 1]; for "judge" and "enlarge" steps."""
-    clean: tuple[bool | None, ...] = ()
-    """For each crop whether its bad version is the good one shrunk and nothing else; None: nobody knows."""
-
-
-class Outcome(NamedTuple):
-    """What a step came to."""
-
-    loss: Tensor
-    terms: dict[str, Tensor]
-    """Terms before weighting, detached; a step of one kind always has the same ones."""
-    fake: Tensor | None = None
-    """What the step decoded, detached: for the discriminator."""
-    real: Tensor | None = None
 
 
 def encode_texts(networks: Networks, texts: list[str]) -> TextEmbedding:
@@ -215,57 +179,6 @@ def restoration_step(
     texture = _texture(networks, recipe, perceptual, second, crops, z_0, target, z_dr.detach(), local, glob)
     judged = texture if recipe.renoised_share else removal
     return Outcome(removal.loss + texture.loss, removal.terms | texture.terms, judged.fake, judged.real)
-
-
-def judge_step(networks: Networks, crops: Crops) -> Outcome:
-    """A step of stage `cleanliness`: cross-entropy of "this bad crop is clean". Raises as `judged` does."""
-    logit_B, clean_B = judged(networks, crops)
-    loss = F.binary_cross_entropy_with_logits(logit_B, clean_B)
-    right = ((logit_B > 0) == (clean_B > 0)).float().mean()
-    return Outcome(loss, {"judge_entropy": loss.detach(), "judge_right": right.detach()})
-
-
-def judged(networks: Networks, crops: Crops) -> tuple[Tensor, Tensor]:
-    """(logit_B, clean_B), float32: what the judge says of each bad crop, and the truth, 0 or 1. Raises `TrainingError`
-    for crops whose degradation isn't known, or that are too small."""
-    if networks.cleanliness is None or crops.lq is None:
-        raise ValueError("a judge step needs the judge and bad crops at their own size")
-    if None in crops.clean:
-        raise TrainingError(
-            "pairs on disk don't say how they were degraded, so nothing can be learnt about that from them",
-            "give --data a folder of good photos",
-        )
-    if min(crops.lq.shape[2:]) < LEAST_SIDE:
-        raise TrainingError(
-            f"bad crops of {crops.lq.shape[3]} pixels are too small to be judged",
-            "--set 'data.crops=[{size=256,batch=16,share=1.0}]'",
-        )
-    clean_B = torch.tensor(crops.clean, dtype=torch.float32, device=crops.lq.device)
-    return networks.cleanliness(crops.lq).float(), clean_B
-
-
-def enlarge_step(networks: Networks, recipe: Recipe, crops: Crops) -> Outcome:
-    """A step of stage `enlarger`: the pixel distance of enlarged and good crops. Raises as `enlarged` does."""
-    loss = pixel_distance(enlarged(networks, crops) * 2 - 1, crops.hq * 2 - 1, recipe.loss.pixel_kind)
-    return Outcome(loss, {"enlarge_pixel": loss.detach()})
-
-
-def enlarged(networks: Networks, crops: Crops) -> Tensor:
-    """The bad crops enlarged, (B, 3, P, Q), float32, about [0, 1]. Raises `TrainingError` for crops that were shrunk by
-    another factor than the enlarger's, and for damaged ones."""
-    if networks.enlarger is None or crops.lq is None:
-        raise ValueError("an enlarge step needs the enlarger and bad crops at their own size")
-    if False in crops.clean:
-        raise TrainingError(
-            "the enlarger is for clean photos, and this recipe's crops are damaged",
-            "--set data.preset=bicubic --set 'data.mix={}'",
-        )
-    if crops.hq.shape[2] != FACTOR * crops.lq.shape[2]:
-        raise TrainingError(
-            f"the enlarger knows pairs of scale {FACTOR}, these have {crops.hq.shape[2] // crops.lq.shape[2]}",
-            f"make them with dreamsr degrade --preset bicubic --scale {FACTOR}",
-        )
-    return networks.enlarger(networks.patches.refiner, crops.lq_up)
 
 
 def _encoded(networks: Networks, crops: Crops) -> tuple[Tensor, Tensor, Tensor]:

@@ -274,7 +274,7 @@ def _losses(stage: Stage, recipe: Recipe) -> str:
     if stage.judges:
         return "cross-entropy of clean against damaged"
     if stage.enlarges:
-        return f"pixel {loss.pixel_kind} on clean crops enlarged"
+        return f"pixel {loss.pixel_kind} on undamaged crops enlarged"
     if not stage.restore:
         return "Charbonnier on the round trip of clean crops"
     if stage.removes:

@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 
 from dreamsr_cli import flow
+from dreamsr_cli.config import LOOKS
 from dreamsr_cli.models.perceptual import Perceptual
 from dreamsr_cli.training.crops import batches
+from dreamsr_cli.training.looks_steps import enlarged, judged
 from dreamsr_cli.training.networks import Networks
 from dreamsr_cli.training.recipe import Recipe
 from dreamsr_cli.training.sources import Source
 from dreamsr_cli.training.stages import Stage
 from dreamsr_cli.training.step_crops import crop_settings, on_device
-from dreamsr_cli.training.steps import draw_texture, encode_texts, enlarged, judged, remove, texture_velocity
+from dreamsr_cli.training.steps import draw_texture, encode_texts, remove, texture_velocity
 
 CROPS = 16
 """Held-out crops of the first plan's size."""
@@ -95,24 +97,24 @@ def validate(
 
 
 def _judged(networks: Networks, recipe: Recipe, source: Source) -> dict[str, float]:
-    """Of a judge's opinions on held-out crops, degraded as training crops are: the mean cross-entropy, and the shares
-    of clean and of damaged crops that it takes for what they are."""
+    """Of a judge's opinions on held-out crops, degraded as training crops are: the mean cross-entropy, and for each
+    of `LOOKS` the share of such crops that it takes for what they are."""
     settings = crop_settings(recipe, 0, held_out=True, mixed=True)
     stream = batches(source, settings, JUDGED, workers=0)
     batch = next(stream)
     stream.close()
-    logit_B, clean_B = judged(networks, on_device(batch, networks.device))
-    figures = {"judge_entropy": float(F.binary_cross_entropy_with_logits(logit_B, clean_B))}
-    for name, truth in (("clean_right", True), ("damaged_right", False)):
-        those = logit_B[(clean_B > 0) == truth]
+    logits_BK, looks_B = judged(networks, on_device(batch, networks.device))
+    figures = {"judge_entropy": float(F.cross_entropy(logits_BK, looks_B))}
+    for index, looks in enumerate(LOOKS):
+        those = logits_BK[looks_B == index].argmax(1)
         if len(those):
-            figures[name] = float(((those > 0) == truth).float().mean())
+            figures[f"{looks}_right"] = float((those == index).float().mean())
     return figures
 
 
 def _enlarged(networks: Networks, recipe: Recipe, source: Source) -> dict[str, float]:
-    """PSNR of held-out crops that were only shrunk, enlarged by the cubic and by the enlarger."""
-    stream = batches(source, crop_settings(recipe, 0, held_out=True), JUDGED, workers=0)
+    """PSNR of held-out crops, shrunk as training crops are, enlarged by the cubic and by the enlarger."""
+    stream = batches(source, crop_settings(recipe, 0, held_out=True, mixed=True), JUDGED, workers=0)
     batch = next(stream)
     stream.close()
     crops = on_device(batch, networks.device)
@@ -120,7 +122,7 @@ def _enlarged(networks: Networks, recipe: Recipe, source: Source) -> dict[str, f
     for first in range(0, JUDGED, BATCH):
         part = slice(first, first + BATCH)
         assert crops.lq is not None
-        few = replace(crops, hq=crops.hq[part], lq_up=crops.lq_up[part], lq=crops.lq[part], clean=crops.clean[part])
+        few = replace(crops, hq=crops.hq[part], lq_up=crops.lq_up[part], lq=crops.lq[part], looks=crops.looks[part])
         for name, made in (("cubic_psnr", few.lq_up), ("enlarged_psnr", enlarged(networks, few))):
             found[name].append(_psnr(made * 2 - 1, few.hq * 2 - 1))
     return {name: float(torch.stack(values).mean()) for name, values in found.items()}
