@@ -2,11 +2,11 @@
 
     python benchmarks/built_in.py -o OUT --good KODAK --pairs REALSR --photos REAL_LQ --perceptual-weights WEIGHTS
 
-Good photos are degraded by presets seesr-mild and realesrgan, once for each seed, and by bicubic once; pairs and photos
-without a reference are taken as they are. The reference is the photo itself, not sharpened, whatever the preset says.
-Each set is enlarged by default and with --strength 0. A row for each metric: the model's mean, both baselines' means,
-and the paired differences with their 95 % bootstrap intervals over photos (a photo degraded with several seeds counts
-as often). OUT keeps pairs, results and reports; the same command goes on where it was stopped.
+Good photos are degraded by presets seesr-mild, realesrgan and jpeg, once for each seed, and by bicubic once; pairs and
+photos without a reference are taken as they are. The reference is the photo itself, not sharpened, whatever the preset
+says. Each set is enlarged by default and with --strength 0. A row for each metric: the model's mean, both baselines'
+means, and the paired differences with their 95 % bootstrap intervals over photos (a photo degraded with several seeds
+counts as often). OUT keeps pairs, results and reports; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PRESETS = ("seesr-mild", "realesrgan", "bicubic")
+PRESETS = ("seesr-mild", "realesrgan", "jpeg", "bicubic")
 SETTINGS = {"default": (), "strength-0": ("--strength", "0")}
 METRICS = {"psnr-y": "psnr", "lpips-squeeze*": "lpips-squeeze", "niqe": "niqe"}
 """Names in the table, and what `dreamsr eval --metrics` calls them."""

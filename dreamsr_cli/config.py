@@ -32,7 +32,8 @@ computed again, with the same result."""
 PROMPT_MODES = ("both", "global", "local")
 """Which texts the two networks get; see `UpscaleConfig.prompt_mode`."""
 Looks = Literal["clean", "compressed", "damaged"]
-"""What a small photo looks like: its good version shrunk and nothing else; then saved as a fair JPEG; or worse."""
+"""What a small photo looks like: its good version shrunk, and no more than a JPEG of high quality; then saved as a fair
+JPEG; or worse."""
 LOOKS: tuple[Looks, ...] = ("clean", "compressed", "damaged")
 MAX_INPUT_PIXELS = 1_000_000_000
 """Larger photos are not decoded unless `--max-pixels` says so."""

@@ -14,9 +14,9 @@ from dreamsr_cli.images import Photo
 from dreamsr_cli.models.cleanliness import Cleanliness, chances_of_looks
 from dreamsr_cli.settings import Settings
 
-LEAST_CHANCE = 0.6
+LEAST_CHANCE = 0.5
 """Below this chance of not being damaged a photo goes through stage 1, and below this chance of being clean it has no
-say: damage that comes back costs more than a clean photo gains, and few photos lie between."""
+say. Photos that lie between fare about as well either way (docs/mini.md, row 34)."""
 LEAST_FACTOR = 2.0
 """Enlarged by less, the photo's say would leave hardly any room for texture; at its own size none."""
 

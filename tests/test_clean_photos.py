@@ -169,7 +169,7 @@ LEAST = math.log(LEAST_CHANCE / (1 - LEAST_CHANCE))
         (DAMAGED, {"looks": "compressed", "scale": 1.9}, ("compressed", 0.0, True)),
         # Clean or compressed is no question of the enlarger's: what counts is that it is one of them.
         ((1.0, 1.0, 0.0), {}, ("compressed", 1.0, True)),
-        ((LEAST + 0.05, -9.0, 0.0), {}, ("clean", 0.61, True)),
+        ((LEAST + 0.05, -9.0, 0.0), {}, ("clean", 0.51, True)),
         ((LEAST - 0.05, -9.0, 0.0), {}, ("damaged", 0.0, False)),
     ],
 )

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from dreamsr_cli import draws
+from dreamsr_cli.config import Looks
 from dreamsr_cli.degradations import pixel
 from dreamsr_cli.errors import ConfigError, TrainingError
 from dreamsr_cli.models.captioner import Describer
@@ -282,6 +283,18 @@ def test_busy_crops_are_favoured(tmp_path: Path) -> None:
         return float(np.mean([make_sample(source, settings, s, 0).hq_CPQ.std() > 20 for s in range(60)]))
 
     assert busy(1) < 0.75 < 0.85 < busy(3)
+
+
+def test_a_sample_says_what_its_bad_crop_looks_like(make_source: Callable[..., PhotoSource]) -> None:
+    source = make_source()
+
+    def looks(preset: str) -> list[Looks | None]:
+        settings = dataclasses.replace(SMALL, dead_leaves=0.0, preset=preset)
+        return [make_sample(source, settings, step, 0).looks for step in range(40)]
+
+    assert set(looks("bicubic")) == {"clean"} and set(looks("camera")) == {"damaged"}
+    # of the qualities 70 to 98 those from 92 on count as clean
+    assert 2 <= looks("jpeg").count("clean") <= 20 and set(looks("jpeg")) == {"clean", "compressed"}
 
 
 def test_mixed_presets_keep_their_shares(make_source: Callable[..., PhotoSource]) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from dreamsr_cli.degradations import pixel
 from dreamsr_cli.degradations.kernels import KernelParams
+from dreamsr_cli.degradations.presets import looks_after
 
 DRAWS = 2000
 
@@ -184,6 +185,20 @@ def test_jpeg_is_bicubic_and_a_fair_quality() -> None:
     qualities = [p.only_jpeg or 0 for p in params]
     assert set(qualities) == set(range(70, 99))
     assert np.mean(qualities) == pytest.approx(84, abs=5 * 28 / math.sqrt(12 * DRAWS))
+
+
+@pytest.mark.parametrize(
+    ("preset", "quality", "looks"),
+    [
+        ("bicubic", None, "clean"),
+        ("jpeg", 91, "compressed"),
+        ("jpeg", 92, "clean"),
+        ("camera", None, "damaged"),
+        ("realesrgan", None, "damaged"),
+    ],
+)
+def test_presets_leave_looks(preset: str, quality: int | None, looks: str) -> None:
+    assert looks_after(preset, quality) == looks
 
 
 def test_camera_keeps_the_size_and_adds_little() -> None:

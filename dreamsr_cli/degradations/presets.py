@@ -91,9 +91,13 @@ PRESETS: dict[str, Preset | ShrinkPreset] = {
 """Presets by name."""
 
 
-def looks_after(preset: str) -> Looks:
-    """What photos look like that this preset, a key of `PRESETS`, degraded."""
-    chosen = PRESETS[preset]
-    if isinstance(chosen, Preset):
+CLEAN_JPEG = 92
+"""JPEG quality from which on a photo counts as clean: it fares better as one than as a compressed one (docs/mini.md,
+row 34)."""
+
+
+def looks_after(preset: str, only_jpeg: int | None) -> Looks:
+    """What photos look like that this preset, a key of `PRESETS`, degraded; `only_jpeg` as in `PixelParams`."""
+    if isinstance(PRESETS[preset], Preset):
         return "damaged"
-    return "clean" if chosen.jpeg is None else "compressed"
+    return "clean" if only_jpeg is None or only_jpeg >= CLEAN_JPEG else "compressed"

@@ -221,8 +221,8 @@ def _try(source: Source, settings: CropSettings, step: int, index: int, attempt:
         global_text, local_text = _texts(source, item, hq_PQC, corner, size, turn)
     if lq_PQC is None:
         preset, crop_index = _preset(settings, step, index), step * SAMPLES_PER_STEP + index
-        looks = looks_after(preset)
         params = pixel.draw(preset, settings.seed, sha256, crop_index, settings.scale, sharpen)
+        looks = looks_after(preset, params.only_jpeg)
         hq_CPQ = _levels(pixel.sharpen(hq_CPQ) if params.sharpen else hq_CPQ)
         lq_CPQ = _levels(pixel.degrade(hq_CPQ.float() / 255, params)).numpy()
     else:
