@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 
-from dreamsr_cli.config import AUTO, LOOKS
+from dreamsr_cli.config import AUTO
 from dreamsr_cli.images import Photo
 from dreamsr_cli.models.cleanliness import Cleanliness, chances_of_looks
 from dreamsr_cli.settings import Settings
 
 LEAST_CHANCE = 0.5
-"""Below this chance of not being damaged a photo goes through stage 1, and below this chance of being clean it has no
-say. Photos that lie between fare about as well either way (docs/mini.md, row 34)."""
+"""Below this chance of being clean a photo isn't taken for clean; hardly any lies between (docs/mini.md, row 35)."""
+LEAST_UNDAMAGED = 0.9
+"""Below this chance of being clean or compressed a photo goes through stage 1: a damaged photo that doesn't loses more
+than a JPEG gains (docs/mini.md, row 35)."""
 LEAST_FACTOR = 2.0
 """Enlarged by less, the photo's say would leave hardly any room for texture; at its own size none."""
 
@@ -52,13 +54,11 @@ def settle_looks(
 
 
 def _looks(chances: dict[str, float]) -> str:
-    """The first of `LOOKS` that, with those before it, is likely enough."""
-    total = 0.0
-    for looks in LOOKS:
-        total += chances.get(looks, 0.0)
-        if total >= LEAST_CHANCE:
-            return looks
-    return "damaged"
+    """Which of `LOOKS` is likely enough."""
+    clean, compressed = chances.get("clean", 0.0), chances.get("compressed", 0.0)
+    if clean >= LEAST_CHANCE:
+        return "clean"
+    return "compressed" if clean + compressed >= LEAST_UNDAMAGED else "damaged"
 
 
 def _sentence(settled: Settings, chances: dict[str, float]) -> str:

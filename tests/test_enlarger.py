@@ -238,7 +238,7 @@ def test_a_batch_of_one_manner_gives_every_weight_a_gradient(tiny_bundle) -> Non
     assert all(gradient is not None for gradient in gradients.values())
     found = {name: bool(gradient.any()) for name, gradient in gradients.items() if gradient is not None}
     assert not any(learns for name, learns in found.items() if "compressed" in name)
-    assert found["manners.clean.exit.weight"]
+    assert found["clean.exit.weight"]
 
 
 def test_a_plan_counts_it() -> None:

@@ -45,7 +45,8 @@ class Enlarger(ModelMixin, ConfigMixin):
         folded, inner = 3 * FACTOR**2, 1 + 2 * blocks
         inputs = [folded] + [width] * (inner - 1)
         self.down = nn.ParameterList(torch.randn(rank, 9 * n) / (9 * n) ** 0.5 for n in inputs)
-        self.manners = nn.ModuleDict({looks: EnlargerManner(inner, width, rank, folded) for looks in MANNERS})
+        for looks in MANNERS:
+            self.add_module(looks, EnlargerManner(inner, width, rank, folded))
 
     @classmethod
     @torch.no_grad()
@@ -61,7 +62,7 @@ class Enlarger(ModelMixin, ConfigMixin):
 
     def manner(self, looks: str) -> EnlargerManner:
         """What is its own for photos of these looks, one of `MANNERS`."""
-        return cast(EnlargerManner, self.manners[looks])
+        return cast(EnlargerManner, self.get_submodule(looks))
 
     def forward(self, refiner: Refiner, cubic_B3PQ: Tensor, looks: str) -> Tensor:
         """Photos of one of `MANNERS` enlarged by the antialiased cubic, in [0, 1], P and Q multiples of 4, to enlarged
