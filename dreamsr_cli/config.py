@@ -225,7 +225,7 @@ class UpscaleConfig:
     tell."""
     consistency: float | None = None
     """How far the result, shrunk to the photo's size, is made to agree with it: 0 not, 1 as far as one step can. None:
-    as surely as the photo looks clean, 0 for others."""
+    as surely as the photo looks clean; 1 for a compressed one, with what the enlarger made of it; 0 for others."""
     removal: bool | None = None
     """Run stage 1; False starts texture from z_lq (ablation); None: if the bundle has a Restoration LoRA, and for
     photos that don't look damaged its enlarger instead."""

@@ -42,9 +42,9 @@ class ConsistentRows:
 
     def _missing(self, top: int, bottom: int) -> np.ndarray:
         """Rows [top, bottom) of the photo less the shrunk result."""
-        if self._like is None:
-            return self._enlarged.photo.read_rows(top, bottom) - self._shrunk(self._clipped, top, bottom)
-        return self._shrunk(self._like.read_rows, top, bottom) - self._shrunk(self._clipped, top, bottom)
+        photo, like = self._enlarged.photo, self._like
+        wanted = photo.read_rows(top, bottom) if like is None else self._shrunk(like.read_rows, top, bottom)
+        return wanted - self._shrunk(self._clipped, top, bottom)
 
     def _shrunk(self, read_rows: ReadRows, top: int, bottom: int) -> np.ndarray:
         """Rows [top, bottom) at the photo's size."""

@@ -14,8 +14,9 @@ from dreamsr_cli.images import Photo
 from dreamsr_cli.models.cleanliness import Cleanliness, chances_of_looks
 from dreamsr_cli.settings import Settings
 
-LEAST_CHANCE = 0.5
-"""Below this chance of being clean a photo isn't taken for clean; hardly any lies between (docs/mini.md, row 35)."""
+LEAST_CLEAN = 0.5
+"""From this chance of being clean on a photo is taken for clean: clean ones come to 0.7 and more, others hardly ever
+this far (docs/mini.md, row 35)."""
 LEAST_UNDAMAGED = 0.9
 """Below this chance of being clean or compressed a photo goes through stage 1: a damaged photo that doesn't loses more
 than a JPEG gains (docs/mini.md, row 35)."""
@@ -56,7 +57,7 @@ def settle_looks(
 def _looks(chances: dict[str, float]) -> str:
     """Which of `LOOKS` is likely enough."""
     clean, compressed = chances.get("clean", 0.0), chances.get("compressed", 0.0)
-    if clean >= LEAST_CHANCE:
+    if clean >= LEAST_CLEAN:
         return "clean"
     return "compressed" if clean + compressed >= LEAST_UNDAMAGED else "damaged"
 

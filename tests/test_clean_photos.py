@@ -23,7 +23,7 @@ from dreamsr_cli.degradations import pixel
 from dreamsr_cli.engine import Engine, Order, UpscaleResult, upscale
 from dreamsr_cli.errors import WeightsError
 from dreamsr_cli.images import open_photo
-from dreamsr_cli.looks import LEAST_CHANCE
+from dreamsr_cli.looks import LEAST_CLEAN
 from dreamsr_cli.models import part_loading
 from dreamsr_cli.models.bundle import Bundle, open_bundle
 from dreamsr_cli.models.open_parts import OpenParts
@@ -147,7 +147,7 @@ def test_who_asks_for_stage_1_or_for_none_gets_that(clean, source, tmp_path) -> 
         assert (said["enlarger"], said["removal"], said["consistency"]) == (False, removal, 0.95)
 
 
-LEAST = math.log(LEAST_CHANCE / (1 - LEAST_CHANCE))
+LEAST = math.log(LEAST_CLEAN / (1 - LEAST_CLEAN))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from dreamsr_cli.config import LOOKS, OutputConfig, UpscaleConfig
 from dreamsr_cli.degradations import pixel
 from dreamsr_cli.engine import UpscaleResult, upscale
 from dreamsr_cli.errors import TrainingError, WeightsError
-from dreamsr_cli.looks import LEAST_CHANCE, LEAST_UNDAMAGED
+from dreamsr_cli.looks import LEAST_CLEAN, LEAST_UNDAMAGED
 from dreamsr_cli.models.bundle import PARTS, Bundle, open_bundle
 from dreamsr_cli.models.cleanliness import LEAST_SIDE, WINDOW, Cleanliness, chances_of_looks, fine_detail
 from dreamsr_cli.progress import SilentProgress
@@ -245,11 +245,11 @@ def test_the_shipped_judge_knows_clean_photos_from_damaged_ones(name) -> None:
         params = pixel.draw(preset, seed, name, 0)
         return chances(judge, pixel.degrade(hq_CPQ, params).permute(1, 2, 0).numpy())
 
-    assert said("bicubic", 0)["clean"] > LEAST_CHANCE
+    assert said("bicubic", 0)["clean"] > LEAST_CLEAN
     jpegs = []
     for quality in (90, 80):
         params = replace(pixel.draw("jpeg", 0, name, 0), only_jpeg=quality)
         jpegs.append(chances(judge, pixel.degrade(hq_CPQ, params).permute(1, 2, 0).numpy()))
-    assert all(found["clean"] < LEAST_CHANCE and found["compressed"] > found["clean"] for found in jpegs)
+    assert all(found["clean"] < LEAST_CLEAN and found["compressed"] > found["clean"] for found in jpegs)
     undamaged = [1 - said(preset, seed)["damaged"] for preset in ("realesrgan", "seesr-mild") for seed in range(3)]
     assert max(undamaged) < LEAST_UNDAMAGED and sum(undamaged) / len(undamaged) < 0.2

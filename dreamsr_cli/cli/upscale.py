@@ -82,7 +82,7 @@ def command(
     consistency: Annotated[
         float | None,
         typer.Option(
-            help="Agree with the photo when shrunk again, 0 to 1 (default: as surely as it looks clean).",
+            help="Agree with the photo when shrunk again, 0 to 1 (default: by its looks).",
             rich_help_panel=_METHOD,
         ),
     ] = None,

@@ -272,7 +272,7 @@ def _losses(stage: Stage, recipe: Recipe) -> str:
     perceptual = loss.perceptual != "none"
     words, lattice = [], [f"{loss.lattice:g} · lattice (ours)"] * (loss.lattice > 0)
     if stage.judges:
-        return "cross-entropy of clean against damaged"
+        return "cross-entropy of clean, compressed and damaged"
     if stage.enlarges:
         return f"pixel {loss.pixel_kind} on undamaged crops enlarged"
     if not stage.restore:
