@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ import torch
 from dreamsr_cli.images import Photo
 from dreamsr_cli.journal import Piece
 from dreamsr_cli.journal_files import RowFile
-from dreamsr_cli.models.autoencoder import STRIDE, Autoencoder, Refiner
+from dreamsr_cli.models.autoencoder import NONE_SPARE, STRIDE, Autoencoder, Refiner
 from dreamsr_cli.models.enlarger import EnlargedRows
 from dreamsr_cli.overlap import prefetched
 from dreamsr_cli.progress import Progress, SilentProgress
@@ -192,10 +193,11 @@ class DecodedCanvas:
         self._progress.advance()
         return rgb_PQC, first
 
-    def _latent(self, strip: int) -> np.ndarray:
-        halo = self._autoencoder.halo
-        first, last = max(0, strip * STRIP - halo), min(self._rows, (strip + 1) * STRIP + halo)
-        return np.ascontiguousarray(self._z.rows(first // STRIDE, last // STRIDE))
+    def _latent(self, strip: int) -> StripLatent:
+        halo, top, bottom = self._autoencoder.halo, strip * STRIP, min(self._rows, (strip + 1) * STRIP)
+        first, last = max(0, top - halo), min(self._rows, bottom + halo)
+        spare = (top - first, last - bottom) if self._autoencoder.exact else NONE_SPARE
+        return StripLatent(np.ascontiguousarray(self._z.rows(first // STRIDE, last // STRIDE)), spare)
 
     def _decode(self, strip: int) -> np.ndarray:
         return decode_strip(self._autoencoder, self._latent(strip), self._width, self._device, self._restored)
@@ -212,11 +214,20 @@ class DecodedCanvas:
         return shared.take((self._round, strip))
 
 
+class StripLatent(NamedTuple):
+    """A strip of the canvas with its halo, for whoever decodes it."""
+
+    z_CHW: np.ndarray
+    spare: tuple[int, int]
+    """Pixel rows at the top and at the bottom that only serve as surroundings (`Autoencoder.decode`)."""
+
+
 @torch.inference_mode()
 def decode_strip(
-    autoencoder: Autoencoder, z_CHW: np.ndarray, width: int, device: torch.device, restored: bool = False
+    autoencoder: Autoencoder, strip: StripLatent, width: int, device: torch.device, restored: bool = False
 ) -> np.ndarray:
     """Pixels of a strip's latent, float32 (rows, width, 3), about [0, 1]; `width` cuts the padding off, `restored` says
     that the latent is stage 1's result."""
-    rgb_CPQ = autoencoder.decode(torch.from_numpy(z_CHW)[None].to(device), restored)[0].cpu().numpy()
+    z_BCHW = torch.from_numpy(strip.z_CHW)[None].to(device)
+    rgb_CPQ = autoencoder.decode(z_BCHW, restored, strip.spare)[0].cpu().numpy()
     return np.ascontiguousarray(rgb_CPQ.transpose(1, 2, 0)[:, :width]) * 0.5 + 0.5

@@ -61,13 +61,20 @@ class AutoencoderSizes:
         spans = column_spans(columns)
         return sum(n.flops for *_, first, last in spans for n in _encoder(self.config, rows, last - first))
 
-    def decode_flops(self, rows: int, columns: int) -> int:
-        """Latent to pixels."""
+    def decode_flops(self, rows: int, columns: int, spare: tuple[int, int] = (0, 0)) -> int:
+        """Latent to pixels; of `spare` rows the built-in refiner computes only what the others need."""
         if not self.exact:
             spans = column_spans(columns)
             return sum(n.flops for *_, first, last in spans for n in _decoder(self.config, rows, last - first))
-        folded = rows * columns // FOLD**2
-        return rows * columns * 2 * 3 * self.channels + folded * 2 * self._refiner_weights()
+        return rows * columns * 2 * 3 * self.channels + 2 * sum(
+            weights * columns // FOLD * n
+            for weights, n in zip(self._kernels(), self._refined_rows(rows, spare), strict=True)
+        )
+
+    def _refined_rows(self, rows: int, spare: tuple[int, int]) -> list[int]:
+        """Rows of folded pixels that each of the refiner's convolutions writes (`Refiner.walk`)."""
+        count, least = len(self._kernels()), (rows - sum(spare)) // FOLD
+        return [least + sum(min(n // FOLD, count - layer) for n in spare) for layer in range(count)]
 
     def moved_values(self, rows: int, columns: int, encode: bool = False) -> int:
         """Activations that decoding (or encoding) that many pixels reads and writes, layer by layer."""
@@ -110,8 +117,12 @@ class AutoencoderSizes:
         return 2 * (1 + 2 * blocks) * width + 9 * folded * width
 
     def _refiner_weights(self) -> int:
+        return sum(self._kernels())
+
+    def _kernels(self) -> list[int]:
+        """Weights of each of the refiner's convolutions."""
         width, blocks, folded = int(self.config["refiner_width"]), int(self.config["refiner_blocks"]), 3 * FOLD**2
-        return 9 * (2 * folded * width + 2 * blocks * width * width)
+        return [9 * folded * width, *[9 * width * width] * (2 * blocks), 9 * width * folded]
 
 
 # ---------------------------------------------------------------- AutoencoderKL by layer

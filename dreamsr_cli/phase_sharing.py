@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dreamsr_cli.backoff import WorkPlan
-from dreamsr_cli.canvas import decode_strip
+from dreamsr_cli.canvas import StripLatent, decode_strip
 from dreamsr_cli.config import ControlConfig, SamplingConfig
 from dreamsr_cli.device import PRECISIONS, choose_device
 from dreamsr_cli.errors import WeightsError
@@ -149,7 +149,7 @@ class DecodeSetup:
         device = choose_device(self.device)
         autoencoder = self.bundle.open().open_autoencoder(device, PRECISIONS[self.precision])
 
-        def decode(z_CHW: np.ndarray) -> np.ndarray:
-            return decode_strip(autoencoder, z_CHW, self.width, torch.device(device), self.restored)
+        def decode(strip: StripLatent) -> np.ndarray:
+            return decode_strip(autoencoder, strip, self.width, torch.device(device), self.restored)
 
         return decode

@@ -250,7 +250,10 @@ class Workload:
             "texture": sizes.transformer_flops(batch, moving, glob, padded),
         }
         width, encoding = self.grid.canvas_width, self._extents(0 if coder.exact else coder.halo)
-        decoding = sum(coder.decode_flops(rows, width) for rows in self._extents(coder.halo))
+        decoding = sum(
+            coder.decode_flops(rows, width, spare)
+            for rows, spare in zip(self._extents(coder.halo), self._spare(coder.halo), strict=True)
+        )
         return {phase: count * each[phase] for phase, count in self.calls().items() if phase in each} | {
             **self._strip_phases(sum(coder.encode_flops(rows, width) for rows in encoding), decoding),
         }
@@ -369,3 +372,8 @@ class Workload:
         """Rows of each strip with its halo."""
         height, strip = self.grid.canvas_height, self.limits.strip_rows
         return [min(height, top + strip + halo) - max(0, top - halo) for top in range(0, height, strip)]
+
+    def _spare(self, halo: int) -> list[tuple[int, int]]:
+        """Rows of each strip's halo, above and below it."""
+        height, strip = self.grid.canvas_height, self.limits.strip_rows
+        return [(min(top, halo), max(0, min(height - top - strip, halo))) for top in range(0, height, strip)]

@@ -91,6 +91,21 @@ def test_halo_is_the_refiners_reach_and_small(width, blocks) -> None:
     assert not torch.equal(base, touched)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize("spare", [(0, 0), (16, 16), (32, 8), (0, 32), (24, 0)])
+def test_spare_rows_change_nothing_in_the_others(spare, restored) -> None:
+    autoencoder = awake(blocks=3).with_refiner(8, 3, True)
+    z = torch.randn(1, 8, 12, 3, generator=torch.Generator().manual_seed(3))
+    whole, decoded = autoencoder.decode(z, restored), autoencoder.decode(z, restored, spare)
+    assert decoded.shape == whole.shape
+    inner = slice(spare[0], 96 - spare[1])
+    assert torch.allclose(decoded[:, :, inner], whole[:, :, inner], atol=1e-4)
+    linear = autoencoder.decode_linear(z)
+    assert (whole - linear).abs().amax(3).min() > 0.1
+    assert torch.equal(decoded[:, :, : spare[0]], linear[:, :, : spare[0]])
+
+
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, LEVEL)])
 def test_decoding_a_region_equals_decoding_the_whole(dtype, allowed, blocks) -> None:

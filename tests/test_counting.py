@@ -203,6 +203,8 @@ def test_autoencoders_take_what_torch_counts(bundle, sizes, rows):
     assert (coder.exact, coder.halo, coder.channels) == (autoencoder.exact, autoencoder.halo, autoencoder.channels)
     assert coder.encode_flops(rows, 48) == pytest.approx(counted(lambda: autoencoder.encode(rgb)), rel=0.03)
     assert coder.decode_flops(rows, 48) == pytest.approx(counted(lambda: autoencoder.decode(z)), rel=0.03)
+    seen = counted(lambda: autoencoder.decode(z, spare=(8, 16)))
+    assert coder.decode_flops(rows, 48, (8, 16)) == pytest.approx(seen, rel=0.03)
     network = getattr(autoencoder, "vae", autoencoder)
     assert coder.parameters() == pytest.approx(parameters(network), rel=0.1)  # norms and biases weigh more when tiny
 

@@ -93,6 +93,34 @@ def test_saved_and_loaded_it_does_the_same(tmp_path) -> None:
         assert torch.equal(velocity(one), velocity(two))
 
 
+@pytest.mark.parametrize("cut", [0, 4, 9])
+def test_one_of_that_rank_or_less_is_loaded_as_it_is(tmp_path, cut) -> None:
+    one, two = flux_transformer(), flux_transformer()
+    lora = awake(one)
+    lora.save(tmp_path)
+    loaded = RestorationLoRA.load(two, tmp_path, cut)
+    assert loaded.rank == 4
+    with lora.on(), loaded.on():
+        assert torch.equal(velocity(one), velocity(two))
+
+
+@torch.no_grad()
+def test_cut_it_keeps_what_it_changes_most(tmp_path) -> None:
+    lora = awake(flux_transformer())
+    lora.save(tmp_path / "whole")
+    loaded = RestorationLoRA.load(flux_transformer(), tmp_path / "whole", 2)
+    loaded.save(tmp_path / "cut")
+    assert loaded.rank == json.loads((tmp_path / "cut" / CONFIG_FILE).read_text())["r"] == 2
+    whole, cut = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    for name in (name for name in whole if "lora_A" in name):
+        up = name.replace("lora_A", "lora_B")
+        change, kept = whole[up] @ whole[name], cut[up] @ cut[name]
+        energies = torch.linalg.svdvals(change).square()
+        assert (change - kept).square().sum() == pytest.approx(float(energies[2:].sum()), rel=1e-3)
+        assert energies[2:4].sum() > 1e-3 * energies.sum()  # so that something was cut
+
+
 def test_saved_in_bfloat16_it_takes_half_the_space(tmp_path) -> None:
     lora = awake(flux_transformer())
     for name, dtype in (("whole", None), ("half", torch.bfloat16)):

@@ -16,6 +16,7 @@ from dreamsr_cli.errors import ConfigError, TrainingError, UsageError
 from dreamsr_cli.models.bundle import open_bundle
 from dreamsr_cli.progress import SilentProgress
 from dreamsr_cli.training.networks import MODULES, Networks, build_on
+from dreamsr_cli.training.plan import training_plan
 from dreamsr_cli.training.recipe import CropPlan, Recipe, for_ablation
 from dreamsr_cli.training.stages import CONTROL, STAGES, kind_of_step
 from dreamsr_cli.training.step_data import Crops
@@ -169,6 +170,19 @@ def test_pixel_terms_count_for_the_samples_with_small_t(tiny_bundle) -> None:
 def job(photos: Path, bundle: Path, out: Path, stage: str, recipe: Recipe = REMOVED, **more: Any) -> TrainJob:
     settings: dict[str, Any] = {"model": str(bundle), "device": CPU, **more}
     return TrainJob(STAGES[stage], recipe, "tiny.toml", photos, out, **settings)
+
+
+def test_a_run_may_begin_with_less_of_the_lora(photos, tiny_bundle, tmp_path) -> None:
+    def rank(bundle: Path) -> int:
+        return json.loads((bundle / "lora" / "adapter_config.json").read_text())["r"]
+
+    cut = replace(REMOVED, steps=1, sizes=replace(REMOVED.sizes, lora_cut=rank(tiny_bundle) - 1))
+    result = train(job(photos, tiny_bundle, tmp_path / "run", "restoration", cut), SilentProgress())
+    assert rank(result.bundle) == rank(tiny_bundle) - 1
+    laid_over = open_bundle(str(tiny_bundle), str(tmp_path / "run"))
+    assert laid_over.open_restorer(CPU, torch.float32, mask_pads=True).lora is not None
+    trained = [training_plan(r, STAGES["restoration"], model=str(tiny_bundle)).trained["lora"] for r in (REMOVED, cut)]
+    assert trained[1] * rank(tiny_bundle) == trained[0] * rank(result.bundle)
 
 
 @pytest.mark.parametrize("stage", PAPERS)

@@ -23,6 +23,10 @@ STRIDE = 8
 """Output pixels per latent pixel, in FLUX's autoencoder and in ours."""
 
 
+NONE_SPARE = 0, 0
+"""No rows at the top and none at the bottom are there for the others' sake alone."""
+
+
 class Autoencoder(Protocol):
     """What the engine needs. Sides of pixel arrays are multiples of 8; other sides raise `ValueError`."""
 
@@ -37,9 +41,10 @@ class Autoencoder(Protocol):
         """[-1, 1] pixels to z_BCHW, float32."""
         ...
 
-    def decode(self, z_BCHW: Tensor, restored: bool = False) -> Tensor:
+    def decode(self, z_BCHW: Tensor, restored: bool = False, spare: tuple[int, int] = NONE_SPARE) -> Tensor:
         """z_BCHW to pixels (B, 3, 8H, 8W), float32, about [-1, 1], not clamped. `restored`: the latent is stage 1's
-        result, to be decoded faithfully, where the autoencoder has learnt to tell."""
+        result, to be decoded faithfully, where the autoencoder has learnt to tell. `spare`: pixel rows at the top and
+        at the bottom, at most `halo`, that are there for the others' sake and may come out as they like."""
         ...
 
 
@@ -70,23 +75,37 @@ class Refiner(nn.Module):
         self.restored = RestoredManner(1 + 2 * blocks, width, self.exit) if restored else None
         self.reach = self.FOLD * (2 + 2 * blocks)
 
-    def forward(self, rgb_B3PQ: Tensor, restored: bool = False) -> Tensor:
+    def forward(self, rgb_B3PQ: Tensor, restored: bool = False, spare: tuple[int, int] = NONE_SPARE) -> Tensor:
         """The correction alone, to be added to the picture; same shape and dtype. `restored` asks for the second
-        manner, where there is one."""
+        manner, where there is one. `spare`: see `walk`."""
         manner, convolutions = self.restored if restored else None, self.convolutions
         if manner is None:
-            return self.walk(rgb_B3PQ, lambda layer, x: convolutions[layer](x), self.exit)
-        return self.walk(rgb_B3PQ, lambda layer, x: manner(layer, convolutions[layer], x), manner.exit)
+            return self.walk(rgb_B3PQ, lambda layer, x: convolutions[layer](x), self.exit, spare)
+        return self.walk(rgb_B3PQ, lambda layer, x: manner(layer, convolutions[layer], x), manner.exit, spare)
 
-    def walk(self, rgb_B3PQ: Tensor, convolve: Callable[[int, Tensor], Tensor], last: nn.Module) -> Tensor:
-        """`forward`, with `convolve(layer, x)` in the place of each of `convolutions`, and `last` after them."""
+    def walk(
+        self,
+        rgb_B3PQ: Tensor,
+        convolve: Callable[[int, Tensor], Tensor],
+        last: nn.Module,
+        spare: tuple[int, int] = NONE_SPARE,
+    ) -> Tensor:
+        """`forward`, with `convolve(layer, x)` in the place of each of `convolutions`, and `last` after them.
+
+        `spare`: pixel rows at the top and at the bottom, multiples of 4, that only serve as surroundings. Their
+        correction is 0, and they are left out as soon as no later convolution reaches them.
+        """
+        rows = spare[0] // self.FOLD, spare[1] // self.FOLD
         # A third faster on a CPU than channels first.
         x = F.pixel_unshuffle(rgb_B3PQ, self.FOLD).contiguous(memory_format=torch.channels_last)
-        x = convolve(0, x)
+        left = 1 + 2 * len(self.blocks)
+        x = _without(convolve(0, x), rows, max(*rows, left + 1), left)
         for number in range(len(self.blocks)):
-            inner = convolve(2 * number + 1, F.silu(x))
-            x = x + convolve(2 * number + 2, F.silu(inner))
-        return F.pixel_shuffle(last(F.silu(x)), self.FOLD)
+            inner = _without(convolve(2 * number + 1, F.silu(x)), rows, left, left - 1)
+            made = _without(convolve(2 * number + 2, F.silu(inner)), rows, left - 1, left - 2)
+            x, left = _without(x, rows, left, left - 2) + made, left - 2
+        made = F.pixel_shuffle(_without(last(F.silu(x)), rows, left, left - 1), self.FOLD)
+        return F.pad(made, (0, 0, self.FOLD * rows[0], self.FOLD * rows[1])) if any(rows) else made
 
     @property
     def convolutions(self) -> list[nn.Conv2d]:
@@ -157,6 +176,12 @@ class RestoredManner(nn.Module):
         gain_C = self.gain_LC[layer]
         bias_C = self.shift_LC[layer] if conv.bias is None else conv.bias * gain_C + self.shift_LC[layer]
         return conv.weight * gain_C[:, None, None, None], bias_C
+
+
+def _without(x_BCPQ: Tensor, spare: tuple[int, int], before: int, after: int) -> Tensor:
+    """Rows that `after` more convolutions need, of those that `before` of them needed, `spare` rows being spare."""
+    top, bottom = (min(rows, before) - min(rows, after) for rows in spare)
+    return x_BCPQ[:, :, top : x_BCPQ.shape[2] - bottom] if top or bottom else x_BCPQ
 
 
 def _lay_into(wider: nn.Conv2d, conv: nn.Conv2d) -> None:
@@ -254,12 +279,12 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         pixels = torch.einsum("bchw,ck->bkhw", z_BCHW.float(), kernel_CK) + self.mean_K.float()[None, :, None, None]
         return F.pixel_shuffle(pixels, STRIDE)
 
-    def decode(self, z_BCHW: Tensor, restored: bool = False) -> Tensor:
+    def decode(self, z_BCHW: Tensor, restored: bool = False, spare: tuple[int, int] = NONE_SPARE) -> Tensor:
         """z_BCHW to pixels (B, 3, 8H, 8W) float32: linear decode, then the refiner in its own dtype, in the manner for
-        stage 1's results if `restored`."""
+        stage 1's results if `restored`. Of `spare` rows the linear decode alone."""
         rgb = self.decode_linear(z_BCHW)
         # Only the correction passes through the refiner's precision; the picture itself stays float32.
-        return rgb + self.refiner(rgb.to(self.refiner.entry.weight.dtype), restored).float()
+        return rgb + self.refiner(rgb.to(self.refiner.entry.weight.dtype), restored, spare).float()
 
 
 class FluxAutoencoder:
@@ -287,9 +312,9 @@ class FluxAutoencoder:
             made.append(z_BCHW[..., (begin - first) // STRIDE : (end - first) // STRIDE])
         return torch.cat(made, 3)
 
-    def decode(self, z_BCHW: Tensor, restored: bool = False) -> Tensor:
+    def decode(self, z_BCHW: Tensor, restored: bool = False, spare: tuple[int, int] = NONE_SPARE) -> Tensor:
         """z_BCHW to pixels (B, 3, 8H, 8W) float32; wide ones span by span, cross-faded over the halo. FLUX's decoder
-        knows nothing of stages."""
+        knows nothing of stages, and all its rows come out alike."""
         batch, _, height, width = z_BCHW.shape
         spans = column_spans(STRIDE * width)
         if len(spans) == 1:

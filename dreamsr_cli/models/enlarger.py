@@ -182,7 +182,7 @@ class EnlargedRows:
             FACTOR * end,
         )
         cubic_PQC = np.clip(cubic_PQC, 0, 1)
-        cubic_PQC += self._correction(cubic_PQC)
+        cubic_PQC += self._correction(cubic_PQC, (FACTOR * (first - begin), FACTOR * (end - last)))
         self._strips[strip] = np.clip(cubic_PQC[FACTOR * (first - begin) : FACTOR * (last - begin)], 0, 1)
         if len(self._strips) > self.KEPT:
             self._strips.popitem(last=False)
@@ -190,8 +190,9 @@ class EnlargedRows:
         return self._strips[strip]
 
     @torch.inference_mode()
-    def _correction(self, cubic_PQC: np.ndarray) -> np.ndarray:
-        """What rows of the enlarged photo, on their own, get added."""
+    def _correction(self, cubic_PQC: np.ndarray, spare: tuple[int, int]) -> np.ndarray:
+        """What rows of the enlarged photo, on their own, get added; `spare` ones, at the top and at the bottom, get
+        nothing."""
         rgb_BCPQ = torch.from_numpy(np.ascontiguousarray(cubic_PQC.transpose(2, 0, 1)))[None].to(self._device) * 2 - 1
-        made_CPQ = self._network(rgb_BCPQ.to(self._network.entry.weight.dtype))[0].float() / 2
+        made_CPQ = self._network(rgb_BCPQ.to(self._network.entry.weight.dtype), spare=spare)[0].float() / 2
         return made_CPQ.permute(1, 2, 0).cpu().numpy()

@@ -86,14 +86,17 @@ class RestorationLoRA:
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, transformer: FluxTransformer2DModel, folder: Path) -> RestorationLoRA:
-        """Add the adapter saved in `folder`. Raises `WeightsError` if a tensor is missing or left over."""
+    def load(cls, transformer: FluxTransformer2DModel, folder: Path, cut: int = 0) -> RestorationLoRA:
+        """Add the adapter saved in `folder`; one of a rank above `cut` (0: any) keeps as many of its strongest
+        directions. Raises `WeightsError` if a tensor is missing or left over."""
         try:
             config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
             state = load_file(folder / WEIGHTS_FILE)
             rank = int(config["r"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise WeightsError(f"{folder}: not a readable LoRA: {error}", "fetch or train it again") from error
+        if 0 < cut < rank:
+            state, rank = _cut(state, cut), cut
         lora = cls(transformer, rank)
         own = get_peft_model_state_dict(transformer, adapter_name=NAME)
         if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in state.items()}:
@@ -108,3 +111,24 @@ class RestorationLoRA:
         # Not `enable_adapters(False)`: that also clears requires_grad of the adapter's weights, which training needs.
         for layer in self._layers():
             layer._disable_adapters = not on
+
+
+@torch.no_grad()
+def _cut(state: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+    """An adapter's weights with its changes of rank `rank` at most: the nearest ones (truncated SVD). Scale is kept,
+    since alpha is the rank."""
+    made = dict(state)
+    for name in state:
+        other = name.replace(".lora_A.", ".lora_B.")
+        if other == name or other not in state:
+            continue
+        down, up = state[name].float(), state[other].float()
+        # Of small factors alone: the product itself may have tens of millions of entries.
+        (q_up, r_up), (q_down, r_down) = torch.linalg.qr(up), torch.linalg.qr(down.T)
+        u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
+        kept = min(rank, len(s))
+        root = s[:kept].sqrt()
+        made[name], made[other] = state[name].new_zeros(rank, down.shape[1]), state[other].new_zeros(len(up), rank)
+        made[name][:kept] = root[:, None] * (vh[:kept] @ q_down.T)
+        made[other][:, :kept] = q_up @ u[:, :kept] * root
+    return made

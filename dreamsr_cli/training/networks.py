@@ -307,7 +307,8 @@ def build_on(
     lora = None
     if recipe.ablation != "no-lora":
         if taken("lora"):
-            lora = RestorationLoRA.load(transformer, source.part_folder("lora"))
+            cut = recipe.sizes.lora_cut if "lora" in stage.trains else 0
+            lora = RestorationLoRA.load(transformer, source.part_folder("lora"), cut)
         else:
             lora = RestorationLoRA(transformer, recipe.sizes.lora_rank)
     dit = ConditionedDiT(transformer, context, control.map, mask_pads=not text_encoder.pads_are_seen)

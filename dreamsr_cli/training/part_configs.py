@@ -106,7 +106,7 @@ def configs_for(recipe: Recipe, stage: Stage, model: str | None = None) -> PartC
         control_map=tuple(control.map),
         mlp=control.mlp,
         text_branch=control.text and recipe.ablation != "no-text-branch",
-        lora_rank=int(_read(bundle, "lora", "adapter_config.json")["r"]) if own_rank else recipe.sizes.lora_rank,
+        lora_rank=_lora_rank(recipe, stage, bundle) if own_rank else recipe.sizes.lora_rank,
         text_tokens=bundle.config.defaults.max_text_tokens,
         cleanliness=stage.judges or "cleanliness" in bundle.config.parts,
         enlarger=_enlarger_config(recipe, stage, bundle),
@@ -255,6 +255,11 @@ def _enlarger_config(recipe: Recipe, stage: Stage, bundle: Bundle) -> Mapping[st
     if not stage.enlarges or "refiner_width" not in vae:
         return None
     return {"width": vae["refiner_width"], "blocks": vae["refiner_blocks"], "rank": recipe.sizes.enlarger_rank}
+
+
+def _lora_rank(recipe: Recipe, stage: Stage, bundle: Bundle) -> int:
+    rank, cut = int(_read(bundle, "lora", "adapter_config.json")["r"]), recipe.sizes.lora_cut
+    return min(rank, cut) if cut and "lora" in stage.trains else rank
 
 
 def _text_config(bundle: Bundle) -> Mapping[str, Any] | None:

@@ -44,7 +44,10 @@ class ModelSizes:
     whitening: float = 0.5
     """Power of a component's standard deviation it is divided by."""
     lora_rank: int = 16
-    """Rank of the Restoration Acceleration LoRA."""
+    """Rank of a fresh Restoration Acceleration LoRA."""
+    lora_cut: int = 0
+    """Rank with which stages restoration and joint begin from a LoRA that is there: what it changes most stays
+    (truncated SVD). 0: all of it."""
 
 
 @dataclass(frozen=True)
@@ -303,6 +306,8 @@ def _check(recipe: Recipe, where: str) -> None:
         raise ConfigError(
             f"{where}: sizes.rope_axes sum to {sum(sizes.rope_axes)}, not head_dim", "correct one of them"
         )
+    if sizes.lora_cut < 0:
+        raise ConfigError(f"{where}: sizes.lora_cut is {sizes.lora_cut}", "use a rank, or 0 to keep all of it")
     control_map = recipe.control.map
     features = {feature for feature in control_map if feature is not None}
     if len(control_map) > sizes.double_blocks or features != set(range(len(features))):
