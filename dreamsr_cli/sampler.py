@@ -178,7 +178,7 @@ class Sampler:
     def _removal_velocity(self, z_BCHW: Tensor, tiles: tuple[Tile, ...], guidance: float | None) -> Tensor:
         t_r = self.sampling.t_r
         injections = self._control(z_BCHW, tiles, t_r, guidance)
-        with nullcontext() if self.restorer.lora is None else self.restorer.lora.on():
+        with nullcontext() if self.restorer.lora is None else self.restorer.lora.folded():
             made_BCHW = self.restorer.dit(z_BCHW, self._time(t_r), self._dit_text(tiles), injections, guidance)
         # The condition is z_lq itself here, so a correction is t_r times the velocity.
         return made_BCHW if self.sampling.prediction == "velocity" else made_BCHW / t_r

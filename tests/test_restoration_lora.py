@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import flux_transformer, latent, text, wake_lora
 
 from dreamsr_cli.errors import WeightsError
+from dreamsr_cli.models import restoration_lora
 from dreamsr_cli.models.conditioned_dit import ConditionedDiT
 from dreamsr_cli.models.restoration_lora import CONFIG_FILE, WEIGHTS_FILE, RestorationLoRA
 
@@ -44,6 +45,51 @@ def test_a_fresh_one_changes_nothing_yet() -> None:
     lora = RestorationLoRA(transformer, 4)
     with lora.on():
         assert torch.equal(velocity(transformer), base)
+
+
+@torch.no_grad()
+def test_folded_it_does_the_same_and_leaves_the_base_as_it_was() -> None:
+    transformer = flux_transformer()
+    base, lora = velocity(transformer), awake(transformer)
+    with lora.on():
+        on = velocity(transformer)
+    for _ in range(2):
+        with lora.folded():
+            assert not lora.active  # nothing is computed beside the base weights
+            assert torch.allclose(velocity(transformer), on, atol=1e-5)
+        assert torch.equal(velocity(transformer), base)
+    with pytest.raises(RuntimeError, match="in the middle"), lora.folded():
+        raise RuntimeError("in the middle")
+    assert torch.equal(velocity(transformer), base)
+
+
+@torch.no_grad()
+def test_folded_it_notices_other_weights() -> None:
+    transformer = flux_transformer()
+    lora = awake(transformer)
+    with lora.folded():
+        before = velocity(transformer)
+    for parameter in lora.parameters():
+        parameter.mul_(1.5)
+    with lora.on():
+        on = velocity(transformer)
+    with lora.folded():
+        assert torch.allclose(velocity(transformer), on, atol=1e-5)
+    assert not torch.allclose(on, before, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("why", ["bfloat16", "large"])
+def test_where_folding_would_lose_it_is_on_as_ever(why, monkeypatch) -> None:
+    transformer = flux_transformer()
+    lora = awake(transformer)
+    if why == "bfloat16":
+        transformer.to(torch.bfloat16)
+    else:
+        monkeypatch.setattr(restoration_lora, "FOLDABLE", 10)
+    with lora.folded():
+        assert lora.active
+    assert not lora.active
 
 
 def test_off_after_an_exception() -> None:
