@@ -15,6 +15,8 @@ TIME_CHANNELS = 256
 """Width of FLUX's sinusoidal timestep embedding."""
 FEED_FORWARD = 4
 """Hidden width of a block's feed-forward layers, in widths."""
+FOLDABLE = 2**25
+"""Weights that are held a second time for the LoRA's sake, at most (`folded_weights`): 128 MiB of them."""
 CLIP_TOKENS = 77
 """FLUX pads CLIP's input to this length."""
 
@@ -124,6 +126,14 @@ def lora_parameters(sizes: BlockSizes, rank: int) -> tuple[int, int]:
     double = 2 * sizes.width * (4 * 2 + 2 * (1 + FEED_FORWARD))
     single = sizes.width * (3 * 2 + (1 + FEED_FORWARD) + (2 + FEED_FORWARD))
     return rank * double, rank * single
+
+
+def folded_weights(sizes: BlockSizes, lora_rank: int) -> int:
+    """Weights that stage 1 holds a second time, with the adapter's change added, where the device and precision allow
+    it (`RestorationLoRA.folded`)."""
+    squares = sizes.double * 2 * (4 + 2 * FEED_FORWARD) + sizes.single * (3 + 2 * FEED_FORWARD + 1)
+    weights = squares * sizes.width**2
+    return weights if lora_rank and weights <= FOLDABLE else 0
 
 
 def _modulation(sizes: BlockSizes) -> int:

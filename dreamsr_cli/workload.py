@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+from dreamsr_cli import counting
 from dreamsr_cli.batch_choice import automatic_batch
 from dreamsr_cli.bundle_sizes import BundleSizes
 from dreamsr_cli.counting_pixels import STRIDE
@@ -240,7 +241,7 @@ class Workload:
         batch, tokens, sizes, coder = self.batch, self.image_tokens, self.sizes, self.sizes.autoencoder
         padded, moving = self.padded_local, self.texture_tokens
         control = sizes.control_flops(batch, tokens, padded)
-        removal = sizes.transformer_flops(batch, tokens, glob, padded, lora=True)
+        removal = sizes.transformer_flops(batch, tokens, glob, padded, lora=not self._folded_bytes)
         each = {
             "text": sizes.text.flops(local),
             "trial": control + removal,
@@ -270,7 +271,7 @@ class Workload:
         )
         padded, item, quantized = self.padded_local, self.machine.itemsize, WEIGHT_BYTES.get(self.settings.quantize)
         control = sizes.control_bytes(batch, tokens, padded, item)
-        removal = sizes.transformer_bytes(batch, tokens, glob, padded, item, quantized, lora=True)
+        removal = sizes.transformer_bytes(batch, tokens, glob, padded, item, quantized, lora=not self._folded_bytes)
         each = {
             "trial": control + removal,
             "remove_control": control,
@@ -326,7 +327,7 @@ class Workload:
             # What waits in RAM waits beside itself.
             host = max(
                 text.weights + text.working,
-                restore.weights + restore.working + parts["rows"],
+                restore.weights + self._folded_bytes + restore.working + parts["rows"],
                 decode.weights + decode.working + parts["strips"],
             )
             device = 0
@@ -335,6 +336,13 @@ class Workload:
             host = max(parts["weights"], parts["rows"] + waiting, parts["strips"])
             device = max(phase.device for phase in phases.values())
         return {"host": LIBRARIES + parts["photo"] + host, "device": device, **parts}
+
+    @property
+    def _folded_bytes(self) -> int:
+        """Of the weights that stage 1 holds a second time."""
+        if not self.settings.removal or self.machine.device != "cpu" or self.machine.itemsize != 4:
+            return 0
+        return counting.folded_weights(self.sizes.transformer, self.sizes.lora_rank) * 4
 
     def phases(self) -> dict[str, Phase]:
         """What the phases "text", "restore" and "decode" need on the device."""

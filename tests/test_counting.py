@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -189,6 +190,12 @@ def test_both_networks_take_what_torch_counts(sizes, restorer):
         seen = counted(transform)
     assert sizes.transformer_flops(BATCH, tokens, GLOBAL, LOCAL, lora=True) == pytest.approx(seen, rel=0.03)
     assert seen > 1.1 * sizes.transformer_flops(BATCH, tokens, GLOBAL, LOCAL)
+    with torch.no_grad(), restorer.lora.folded():
+        assert sizes.transformer_flops(BATCH, tokens, GLOBAL, LOCAL) == pytest.approx(counted(transform), rel=0.03)
+    layers = [module for module in restorer.dit.modules() if isinstance(module, BaseTunerLayer)]
+    held = sum(layer.get_base_layer().weight.numel() for layer in layers)
+    assert counting.folded_weights(sizes.transformer, sizes.lora_rank) == held
+    assert counting.folded_weights(sizes.transformer, 0) == 0
 
 
 def test_parameters_of_the_restorer_are_exact(sizes, restorer):

@@ -20,6 +20,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dreamsr_cli.counting import FOLDABLE
 from dreamsr_cli.errors import WeightsError
 
 NAME = "removal"
@@ -29,8 +30,6 @@ TARGETS = (
     r"|single_transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v)|proj_mlp|proj_out))"
 )
 """Full-match pattern: the top-level `proj_out` and all modulation stay untouched."""
-FOLDABLE = 2**25
-"""Base weights that `RestorationLoRA.folded` keeps a second time, at most: 128 MiB of them."""
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
