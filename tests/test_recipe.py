@@ -92,6 +92,7 @@ def test_set_is_applied_in_order() -> None:
         ("loss.perceptual_shift=-1", "perceptual_shift"),
         ("loss.perceptual_shift=129", "perceptual_shift is 129"),
         ("loss.gan=-1.0", "loss.gan"),
+        ("loss.gan_sees=words", "gan_sees 'words' is not known"),
         ("save_every=0", "save_every"),
     ],
 )

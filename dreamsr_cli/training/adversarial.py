@@ -6,11 +6,17 @@ checkpoint and never shipped.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from contextlib import nullcontext
 
+import torch
+from torch import Tensor, nn
+
+from dreamsr_cli.draws import generator
+from dreamsr_cli.errors import UsageError
 from dreamsr_cli.losses import hinge_discriminator
 from dreamsr_cli.models.discriminator import fresh
+from dreamsr_cli.models.feature_discriminator import SHIFT, fresh_heads
+from dreamsr_cli.models.perceptual import Lpips, Perceptual
 from dreamsr_cli.training.distributed import Team
 from dreamsr_cli.training.recipe import PAPERS_GAN, Recipe
 from dreamsr_cli.training.stages import Stage
@@ -29,12 +35,22 @@ def gan_weight(recipe: Recipe, stage: Stage) -> float:
 
 
 class Adversary:
-    """The discriminator, its optimizer and its schedule, in float32."""
+    """The discriminator, its optimizer and its schedule; weights in float32."""
 
-    def __init__(self, recipe: Recipe, weight: float, team: Team) -> None:
-        self.weight, self._team = weight, team
+    def __init__(self, recipe: Recipe, weight: float, team: Team, perceptual: Perceptual | None = None) -> None:
+        """`perceptual` is what `loss.gan_sees = "features"` looks through; `UsageError` where there is none."""
+        self.weight, self._team, self._seed = weight, team, recipe.seed
         self.starts, self.learns_from = recipe.loss.gan_start, max(0, recipe.loss.gan_start - recipe.loss.gan_lead)
-        self.network = fresh(recipe.seed).to(team.device)
+        self._shift = SHIFT if recipe.loss.gan_sees == "features" else 0
+        if not self._shift:
+            self.network: nn.Module = fresh(recipe.seed).to(team.device)
+        elif isinstance(perceptual, Lpips):
+            self.network = fresh_heads(recipe.seed, perceptual).to(team.device)
+        else:
+            raise UsageError(
+                'loss.gan_sees = "features" looks through the network of the perceptual distance, and there is none',
+                "--perceptual lpips-squeeze, or --set loss.gan_sees=pixels",
+            )
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=recipe.loss.gan_lr, betas=BETAS, weight_decay=0.0
         )
@@ -43,10 +59,17 @@ class Adversary:
         """Whether the GAN term is part of the loss of `step`."""
         return step >= self.starts
 
-    def judge(self, fake_BCPQ: Tensor) -> Tensor:
-        """Logits whose gradient goes to the pictures only; the spectral norms are not updated."""
+    def judge(self, fake_BCPQ: Tensor, step: int = 0) -> Tensor:
+        """Logits of `step`, whose gradient goes to the pictures only; the spectral norms are not updated."""
         self.network.eval().requires_grad_(False)
-        return self.network(fake_BCPQ.float())
+        return self.network(self._window(fake_BCPQ.float(), step))
+
+    def _window(self, rgb_BCPQ: Tensor, step: int) -> Tensor:
+        if not self._shift:
+            return rgb_BCPQ
+        top, left = generator(self._seed, "gan-window", step).integers(self._shift, size=2).tolist()
+        rows, columns = (side - self._shift for side in rgb_BCPQ.shape[2:])
+        return rgb_BCPQ[..., top : top + rows, left : left + columns]
 
     def learn(self, step: int, fakes: list[Tensor], reals: list[Tensor]) -> dict[str, Tensor]:
         """One update from the pictures of all passes of `step`; its terms for the log, {} before it learns."""
@@ -58,8 +81,11 @@ class Adversary:
         for number, (fake, real) in enumerate(zip(fakes, reals, strict=True)):
             # Spectral norms are updated once a step, however many passes it has.
             self.network.train(number == 0)
-            # One call for both, so that they see the same spectral norms.
-            logits_real, logits_fake = self.network(torch.cat([real, fake]).float()).chunk(2)
+            both = self._window(torch.cat([real, fake]).float(), step)
+            # Most of the work of heads on features is the frozen network's.
+            with self._team.autocast() if self._shift else nullcontext():
+                # One call for both, so that they see the same spectral norms.
+                logits_real, logits_fake = self.network(both).float().chunk(2)
             loss = hinge_discriminator(logits_real, logits_fake)
             (share * loss).backward()
             totals += share * torch.stack([loss.detach(), logits_real.detach().mean(), logits_fake.detach().mean()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ class Run:
         # After the wrapping, which may replace parameters by sharded ones.
         self.learners = {k: Learner(networks.named(parts), recipe.optim) for k, parts in stage.learners.items()}
         self.gan_weight = gan_weight(recipe, stage)
-        self.adversary = Adversary(recipe, self.gan_weight, team) if self.gan_weight else None
+        self.adversary = Adversary(recipe, self.gan_weight, team, perceptual) if self.gan_weight else None
         self.watch = LossWatch(recipe.explosion)
 
     def shipped(self) -> dict[str, Tensor]:
@@ -162,7 +163,7 @@ class Run:
         recipe, team = self.recipe, self.team
         kind = kind_of_step(self.stage, self.step, recipe.seed, recipe.texture_share)
         judging = self.adversary is not None and self.adversary.counts(self.step)
-        critic = self.adversary.judge if judging and self.adversary is not None else None
+        critic = partial(self.adversary.judge, step=self.step) if judging and self.adversary is not None else None
         totals: dict[str, Tensor] = {}
         fakes: list[Tensor] = []
         reals: list[Tensor] = []

@@ -22,8 +22,9 @@ from dreamsr_cli.models.conditioned_dit import ConditionedDiT
 from dreamsr_cli.models.context_attention import ContextAttention
 from dreamsr_cli.models.discriminator import Discriminator
 from dreamsr_cli.models.enlarger import Enlarger
+from dreamsr_cli.models.feature_discriminator import FeatureDiscriminator
 from dreamsr_cli.models.mm_controlnet import MMControlNet
-from dreamsr_cli.models.perceptual import BACKBONES
+from dreamsr_cli.models.perceptual import BACKBONES, Lpips
 from dreamsr_cli.models.restoration_lora import RestorationLoRA
 from dreamsr_cli.models.text_encoder import ByteTextEncoder
 from dreamsr_cli.training.recipe import Recipe
@@ -161,7 +162,7 @@ class MetaNetworks:
     autoencoder: PatchAutoencoder | AutoencoderKL
     text_encoder: ByteTextEncoder | None
     """None: FLUX's, which only count."""
-    discriminator: Discriminator
+    discriminator: Discriminator | FeatureDiscriminator
     perceptual: nn.Module | None
     cleanliness: Cleanliness | None = None
     enlarger: Enlarger | None = None
@@ -195,7 +196,9 @@ class MetaNetworks:
         return _count(self.autoencoder.refiner) if isinstance(self.autoencoder, PatchAutoencoder) else 0
 
 
-def build_meta(configs: PartConfigs, dtype: torch.dtype, perceptual: str = "none") -> MetaNetworks:
+def build_meta(
+    configs: PartConfigs, dtype: torch.dtype, perceptual: str = "none", gan_sees: str = "pixels"
+) -> MetaNetworks:
     """The networks of `configs` on the meta device."""
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(**configs.transformer)
@@ -207,10 +210,13 @@ def build_meta(configs: PartConfigs, dtype: torch.dtype, perceptual: str = "none
         own = "refiner_width" in configs.vae
         autoencoder = PatchAutoencoder(**_known(PatchAutoencoder, configs.vae)) if own else AutoencoderKL(**configs.vae)
         text = None if configs.text_encoder is None else ByteTextEncoder(**configs.text_encoder)
-        discriminator = Discriminator()
         judge = Cleanliness() if configs.cleanliness else None
         enlarger = None if configs.enlarger is None else Enlarger(**_known(Enlarger, configs.enlarger))
         distance = None if perceptual == "none" else BACKBONES[perceptual].build().requires_grad_(False)
+        if distance is not None and gan_sees == "features":
+            discriminator = FeatureDiscriminator(Lpips(BACKBONES[perceptual], distance, []))
+        else:
+            discriminator = Discriminator()
     for module in (transformer, controlnet, context, autoencoder):
         if module is not None:
             # nn.Module's own: diffusers' `to` warns about float32 modules even where there are none.

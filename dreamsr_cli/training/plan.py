@@ -153,7 +153,7 @@ def training_plan(
         raise ConfigError(f"{way!r} is no way to spread memory", f"use one of {', '.join(WAYS)}")
     recipe = for_ablation(recipe, stage.name)
     perceptual = recipe.loss.perceptual if stage.restore else "none"
-    networks = build_meta(configs_for(recipe, stage, model), dtype, perceptual)
+    networks = build_meta(configs_for(recipe, stage, model), dtype, perceptual, recipe.loss.gan_sees)
     itemsize = dtype.itemsize
     parameters, trained = networks.parameters(), _trained(networks, stage)
     if not _has_critic(recipe, stage):

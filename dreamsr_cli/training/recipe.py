@@ -14,6 +14,9 @@ from dreamsr_cli.config import BundleConfig, BundleDefaults, ControlConfig, Late
 from dreamsr_cli.errors import ConfigError
 from dreamsr_cli.plain_data import from_dict, load_toml
 
+SMALLEST_FOR_FEATURES = 48
+"""Pixels of a crop's side that a discriminator on features needs: LPIPS' smallest, and its window's shift."""
+
 
 @dataclass(frozen=True)
 class ModelSizes:
@@ -126,6 +129,8 @@ class LossRecipe:
     """"mse" (the paper's) or "charbonnier"."""
     gan: float | None = None
     """lambda_2 of eq. 7, on the GAN term; None: the paper's 0.5 in stages restoration and joint, 0 in backbone."""
+    gan_sees: str = "pixels"
+    """"pixels": a U-Net from nothing; "features": small heads on the network of `perceptual` (both ours)."""
     gan_start: int = 500
     """Step from which the GAN term counts."""
     gan_lead: int = 250
@@ -331,6 +336,7 @@ def _check(recipe: Recipe, where: str) -> None:
         ("condition", recipe.condition, CONDITIONS),
         ("ablation", recipe.ablation, tuple(ABLATIONS)),
         ("loss.pixel_kind", recipe.loss.pixel_kind, ("mse", "charbonnier")),
+        ("loss.gan_sees", recipe.loss.gan_sees, ("pixels", "features")),
         ("optim.kind", recipe.optim.kind, ("adamw", "muon")),
     ):
         if value not in known:
@@ -339,6 +345,11 @@ def _check(recipe: Recipe, where: str) -> None:
     if not 0 <= recipe.loss.perceptual_shift <= smallest // 2:
         raise ConfigError(
             f"{where}: loss.perceptual_shift is {recipe.loss.perceptual_shift}", f"use 0 to {smallest // 2} pixels"
+        )
+    if recipe.loss.gan_sees == "features" and smallest < SMALLEST_FOR_FEATURES:
+        raise ConfigError(
+            f"{where}: crops of {smallest} px are too small for loss.gan_sees features",
+            f"use {SMALLEST_FOR_FEATURES} px or more",
         )
     if recipe.texture_every < 0:
         raise ConfigError(f"{where}: texture_every is {recipe.texture_every}", "use 0 (never) or more steps")

@@ -271,6 +271,10 @@ def _losses(stage: Stage, recipe: Recipe) -> str:
     loss, weight = recipe.loss, gan_weight(recipe, stage)
     perceptual = loss.perceptual != "none"
     words, lattice = [], [f"{loss.lattice:g} · lattice (ours)"] * (loss.lattice > 0)
+    critic = f"heads on the features of {loss.perceptual}" if loss.gan_sees == "features" else "U-Net"
+    gan = [f"{weight:g} · GAN from step {loss.gan_start} on (hinge, spectrally normalised {critic})"] * (weight > 0)
+    # Where the texture part ends as inference does, it is what has to look like photos (`restoration_step`).
+    textured = stage.name == "backbone" and recipe.renoised_share > 0
     if stage.judges:
         return "cross-entropy of clean, compressed and damaged"
     if stage.enlarges:
@@ -281,7 +285,7 @@ def _losses(stage: Stage, recipe: Recipe) -> str:
         terms = ["latent MSE", f"pixel {loss.pixel_kind}"]
         terms += [f"{loss.removal_perceptual:g} · {loss.perceptual}"] * (perceptual and loss.removal_perceptual > 0)
         terms += lattice
-        terms += [f"{weight:g} · GAN from step {loss.gan_start} on (hinge, spectrally normalised U-Net)"] * (weight > 0)
+        terms += gan * (not textured)
         share = f", all · {loss.removal_part:g}" * (loss.removal_part != 1 and stage.textures and not stage.prior)
         words.append("removal (eq. 7): " + " + ".join(terms) + share)
     if stage.textures:
@@ -289,6 +293,7 @@ def _losses(stage: Stage, recipe: Recipe) -> str:
             f"pixel {loss.pixel_kind}",
             *[f"{loss.texture_perceptual:g} · {loss.perceptual}"] * perceptual,
             *lattice,
+            *gan * textured,
         ]
         words.append(f"texture: velocity (eq. 5), for t ≤ 0.2 also {' + '.join(extra)} (eq. 6)")
     if recipe.optim.kind == "muon":
