@@ -12,7 +12,8 @@ import torch
 from tiny_models import CPU, RECIPE, pictures
 from training_data import save_photos
 
-from dreamsr_cli.errors import ConfigError, TrainingError, UsageError
+from dreamsr_cli.errors import ConfigError, JournalError, TrainingError, UsageError
+from dreamsr_cli.folder_lock import FolderLock
 from dreamsr_cli.models.bundle import open_bundle
 from dreamsr_cli.models.feature_discriminator import fresh_heads
 from dreamsr_cli.models.perceptual import BACKBONES, Lpips
@@ -293,6 +294,14 @@ def test_a_discriminator_on_lpips_features_judges_stage_2(photos, tiny_bundle, t
     assert "texture: velocity" in card and "heads on the features of lpips-squeeze" in card.split("texture: ")[1]
     planned = training_plan(recipe, STAGES["backbone"]).trained["discriminator"]
     assert planned == sum(p.numel() for p in fresh_heads(1, lpips).parameters())
+
+
+def test_a_run_folder_has_one_process_at_a_time(photos, tiny_bundle, tmp_path) -> None:
+    first = job(photos, tiny_bundle, tmp_path / "run", "controlnet", REMOVED)
+    train(replace(first, max_steps=1), SilentProgress())
+    with FolderLock(tmp_path / "run"), pytest.raises(JournalError, match="another process is working in"):
+        train(replace(first, resume=True), SilentProgress())
+    assert train(replace(first, resume=True), SilentProgress()).steps == REMOVED.steps
 
 
 def test_two_accumulated_passes_are_one_of_both(photos, tiny_bundle, tmp_path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Sequence
@@ -14,31 +13,7 @@ from dreamsr_cli.evaluation.datasets import Dataset
 from dreamsr_cli.evaluation.methods import Method, write_text
 from dreamsr_cli.evaluation.rows import RESULTS, Scored, jsonl
 
-RUN_FILE, LOCK_FILE = "run.json", "lock"
-
-
-class FolderLock:
-    """Holds OUT for this process; makes it."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-
-    def __enter__(self) -> None:
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.out / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise OutputError(f"can't write {self.out}: {error.strerror}", "choose another -o") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._file)
-            raise JournalError(
-                f"another process is working in {self.out}", "wait for it to end, or choose another -o"
-            ) from error
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._file)
+RUN_FILE = "run.json"
 
 
 def claim(out: Path, dataset: Dataset, methods: Sequence[Method], restart: bool) -> None:

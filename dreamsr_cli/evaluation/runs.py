@@ -24,8 +24,9 @@ from dreamsr_cli.evaluation.metrics import Columns
 from dreamsr_cli.evaluation.paper_tables import paper_rows
 from dreamsr_cli.evaluation.results import Evaluation, Failure, MetricId, PairedDifference, PhotoRow, Summary
 from dreamsr_cli.evaluation.rows import RESULTS, TABLE, Scored, csv_text, jsonl, read_rows
-from dreamsr_cli.evaluation.run_folder import FolderLock, RowAppender, claim, replace_file
+from dreamsr_cli.evaluation.run_folder import RowAppender, claim, replace_file
 from dreamsr_cli.evaluation.statistics import paired_difference, summarise
+from dreamsr_cli.folder_lock import FolderLock
 from dreamsr_cli.images import open_photo
 from dreamsr_cli.progress import Progress, SilentProgress
 from dreamsr_cli.weights import file_sha256

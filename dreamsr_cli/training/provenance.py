@@ -1,4 +1,5 @@
-"""What a run is made of beside its settings: versions, the state of the source tree, the machine, the command."""
+"""What a run is made of beside its settings: versions, the state of the source tree, the machine, the command; and
+what it aimed at, in words."""
 
 from __future__ import annotations
 
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dreamsr_cli import __version__
+from dreamsr_cli.training.adversarial import gan_weight
+from dreamsr_cli.training.recipe import Recipe
+from dreamsr_cli.training.stages import Stage
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "safetensors")
 
@@ -54,3 +58,38 @@ def _libraries() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def losses(stage: Stage, recipe: Recipe) -> str:
+    """For the card: the terms of the loss with their weights, in words."""
+    loss, weight = recipe.loss, gan_weight(recipe, stage)
+    perceptual = loss.perceptual != "none"
+    words, lattice = [], [f"{loss.lattice:g} · lattice (ours)"] * (loss.lattice > 0)
+    critic = f"heads on the features of {loss.perceptual}" if loss.gan_sees == "features" else "U-Net"
+    gan = [f"{weight:g} · GAN from step {loss.gan_start} on (hinge, spectrally normalised {critic})"] * (weight > 0)
+    # Where the texture part ends as inference does, it is what has to look like photos (`restoration_step`).
+    textured = stage.name == "backbone" and recipe.renoised_share > 0
+    if stage.judges:
+        return "cross-entropy of clean, compressed and damaged"
+    if stage.enlarges:
+        return f"pixel {loss.pixel_kind} on undamaged crops enlarged"
+    if not stage.restore:
+        return "Charbonnier on the round trip of clean crops"
+    if stage.removes:
+        terms = ["latent MSE", f"pixel {loss.pixel_kind}"]
+        terms += [f"{loss.removal_perceptual:g} · {loss.perceptual}"] * (perceptual and loss.removal_perceptual > 0)
+        terms += lattice
+        terms += gan * (not textured)
+        share = f", all · {loss.removal_part:g}" * (loss.removal_part != 1 and stage.textures and not stage.prior)
+        words.append("removal (eq. 7): " + " + ".join(terms) + share)
+    if stage.textures:
+        extra = [
+            f"pixel {loss.pixel_kind}",
+            *[f"{loss.texture_perceptual:g} · {loss.perceptual}"] * perceptual,
+            *lattice,
+            *gan * textured,
+        ]
+        words.append(f"texture: velocity (eq. 5), for t ≤ 0.2 also {' + '.join(extra)} (eq. 6)")
+    if recipe.optim.kind == "muon":
+        words.append("optimizer: Muon for matrices inside blocks, AdamW for the rest")
+    return "; ".join(words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import torch
 from dreamsr_cli import __version__
 from dreamsr_cli.config import TrainingRecord
 from dreamsr_cli.errors import TrainingError, UsageError
+from dreamsr_cli.folder_lock import FolderLock
 from dreamsr_cli.models.bundle import Bundle, open_bundle
-from dreamsr_cli.models.perceptual import describe, load_perceptual
+from dreamsr_cli.models.perceptual import Perceptual, describe, load_perceptual
 from dreamsr_cli.progress import Progress, SilentProgress
 from dreamsr_cli.training import checkpoints, curves, provenance
-from dreamsr_cli.training.adversarial import gan_weight
 from dreamsr_cli.training.crops import batches
 from dreamsr_cli.training.distributed import Team, share_of
 from dreamsr_cli.training.interruption import Interruptions
@@ -106,6 +107,22 @@ def _train(job: TrainJob, progress: Progress, team: Team, interruptions: Interru
     settings = _settings(job, base, start)
     if team.main:
         checkpoints.check_run(job.out, settings, job.resume, lambda old: _todays(old, settings))
+    with FolderLock(job.out) if team.main else nullcontext():
+        return _train_in(job, progress, team, interruptions, perceptual, base, start, settings)
+
+
+def _train_in(
+    job: TrainJob,
+    progress: Progress,
+    team: Team,
+    interruptions: Interruptions,
+    perceptual: Perceptual | None,
+    base: Bundle | None,
+    start: Bundle | None,
+    settings: dict[str, Any],
+) -> TrainResult:
+    """`_train`, once the run folder is this run's."""
+    recipe, stage = job.recipe, job.stage
     source = _open(job, team, progress)
     if team.main:
         checkpoints.start_run(job.out, settings, _facts(job, team))
@@ -256,7 +273,7 @@ def _write_bundle(
         f"{len(source.skipped)} left out",
         data_sha256=source.data_sha256,
         perceptual=describe(job.recipe.loss.perceptual if job.stage.restore else "none"),
-        losses=_losses(job.stage, job.recipe),
+        losses=provenance.losses(job.stage, job.recipe),
         figures=figures,
         command=checkpoints.read_run(job.out).get("command", provenance.command()),
     )
@@ -265,37 +282,3 @@ def _write_bundle(
     export(networks, run.shipped(), folder, config, base=base, keep=keep, card=card, write=run.team.main)
     if run.team.main and is_flux(config.licence):
         run.progress.note(f"{folder}: derived from FLUX.1 [dev], so its non-commercial licence binds it (README.md)")
-
-
-def _losses(stage: Stage, recipe: Recipe) -> str:
-    loss, weight = recipe.loss, gan_weight(recipe, stage)
-    perceptual = loss.perceptual != "none"
-    words, lattice = [], [f"{loss.lattice:g} · lattice (ours)"] * (loss.lattice > 0)
-    critic = f"heads on the features of {loss.perceptual}" if loss.gan_sees == "features" else "U-Net"
-    gan = [f"{weight:g} · GAN from step {loss.gan_start} on (hinge, spectrally normalised {critic})"] * (weight > 0)
-    # Where the texture part ends as inference does, it is what has to look like photos (`restoration_step`).
-    textured = stage.name == "backbone" and recipe.renoised_share > 0
-    if stage.judges:
-        return "cross-entropy of clean, compressed and damaged"
-    if stage.enlarges:
-        return f"pixel {loss.pixel_kind} on undamaged crops enlarged"
-    if not stage.restore:
-        return "Charbonnier on the round trip of clean crops"
-    if stage.removes:
-        terms = ["latent MSE", f"pixel {loss.pixel_kind}"]
-        terms += [f"{loss.removal_perceptual:g} · {loss.perceptual}"] * (perceptual and loss.removal_perceptual > 0)
-        terms += lattice
-        terms += gan * (not textured)
-        share = f", all · {loss.removal_part:g}" * (loss.removal_part != 1 and stage.textures and not stage.prior)
-        words.append("removal (eq. 7): " + " + ".join(terms) + share)
-    if stage.textures:
-        extra = [
-            f"pixel {loss.pixel_kind}",
-            *[f"{loss.texture_perceptual:g} · {loss.perceptual}"] * perceptual,
-            *lattice,
-            *gan * textured,
-        ]
-        words.append(f"texture: velocity (eq. 5), for t ≤ 0.2 also {' + '.join(extra)} (eq. 6)")
-    if recipe.optim.kind == "muon":
-        words.append("optimizer: Muon for matrices inside blocks, AdamW for the rest")
-    return "; ".join(words)
