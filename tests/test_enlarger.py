@@ -12,11 +12,13 @@ import pytest
 import torch
 from enlargers import CLEAN, cubic_of, enlarger, network, planes, refiner, rows_of, save_bundle_that_says
 from PIL import Image
+from safetensors.torch import load_file
 from skimage import data
 from tiny_models import CPU, RECIPE
 
 from dreamsr_cli.config import Looks
 from dreamsr_cli.errors import ConfigError, TrainingError, UsageError
+from dreamsr_cli.models.autoencoder import PatchAutoencoder, Refiner
 from dreamsr_cli.models.bundle import Bundle, open_bundle
 from dreamsr_cli.models.enlarger import FACTOR, MANNERS, Enlarger, fingerprint
 from dreamsr_cli.progress import SilentProgress
@@ -25,6 +27,7 @@ from dreamsr_cli.training.looks_steps import enlarged
 from dreamsr_cli.training.networks import build_on
 from dreamsr_cli.training.plan import training_plan
 from dreamsr_cli.training.recipe import CropPlan, Recipe
+from dreamsr_cli.training.run_bundle import untouched
 from dreamsr_cli.training.stages import STAGES
 from dreamsr_cli.training.step_data import Crops
 from dreamsr_cli.training.steps import run_step
@@ -37,6 +40,34 @@ def _own_cache(tmp_path_factory, monkeypatch) -> None:
 
 
 # ---------------------------------------------------------------- the network
+
+
+@torch.no_grad()
+def test_refitted_to_its_own_refiner_it_is_what_it_was() -> None:
+    made, of, cubic = enlarger(refiner()), refiner(), torch.rand(2, 3, 36, 56)
+    again = made.refitted(of, refiner())
+    for looks in MANNERS:
+        assert torch.allclose(again(of, cubic, looks), made(of, cubic, looks), atol=1e-5)
+
+
+@torch.no_grad()
+def test_refitted_to_another_refiner_it_is_closer_than_that_one() -> None:
+    of, cubic = refiner(), torch.rand(2, 3, 36, 56)
+    made = Enlarger.of(of, 3)
+    torch.manual_seed(1)
+    for parameter in made.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.2)
+    later = copy.deepcopy(of)
+    for conv in later.convolutions:
+        conv.weight.add_(torch.randn_like(conv.weight) * 0.02)
+    moved, fresh = made.refitted(of, later), Enlarger.of(later, 3)
+    for looks in MANNERS:
+        wanted = made(of, cubic, looks)
+        near, far = ((x(later, cubic, looks) - wanted).square().mean() for x in (moved, fresh))
+        assert near < far / 4
+    assert moved.config["refiner"] == fingerprint(later) != made.config["refiner"]
+    with pytest.raises(ValueError, match="8 x 1 and 8 x 2"):
+        made.refitted(of, Refiner(8, 2, True))
 
 
 @torch.no_grad()
@@ -191,9 +222,30 @@ def test_a_run_goes_on_from_the_enlarger_that_is_there(trained, tiny_bundle, tmp
     assert known is not None
     assert torch.equal(begun(TINY, source).down[0], known.down[0])
     assert not torch.equal(begun(replace(TINY, fresh=True), source).down[0], known.down[0])
+    # On another refiner it begins as near to what it was as its rank allows.
     other = save_bundle_that_says(tmp_path / "other", CLEAN, seed=9)
-    with pytest.raises(ConfigError, match="another refiner"):
-        begun(TINY, other, source)
+    theirs = other.open_autoencoder(CPU, torch.float32)
+    assert isinstance(theirs, PatchAutoencoder)
+    moved = begun(TINY, other, source)
+    assert moved.config["refiner"] == fingerprint(theirs.refiner) and moved.config["rank"] == 6
+    assert torch.equal(moved.manner("clean").bias[0], known.manner("clean").bias[0])
+    assert not torch.equal(moved.down[0], begun(replace(TINY, fresh=True), other, source).down[0])
+    networks = build_on(TINY, STAGES["enlarger"], other, source, CPU, torch.float32)
+    assert untouched(networks, other, source, STAGES["enlarger"].trains) == tuple(
+        p for p in other.config.parts if p != "enlarger"
+    )
+    for part, made in (("controlnet", networks.controlnet), ("transformer", networks.transformer)):
+        theirs_own = load_file(other.part_folder(part) / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(v, theirs_own[k]) for k, v in made.state_dict().items() if k in theirs_own)
+    # But not where the bundle's own refiner isn't the one that it was made for.
+    config = trained / "bundle" / "enlarger" / "config.json"
+    before = config.read_text()
+    try:
+        config.write_text(before.replace(known.config["refiner"], "0" * 16))
+        with pytest.raises(ConfigError, match="another refiner"):
+            begun(TINY, other, open_bundle(None, str(trained)))
+    finally:
+        config.write_text(before)
 
 
 def test_flux_has_no_refiner_to_begin_with(tiny_flux_bundle) -> None:

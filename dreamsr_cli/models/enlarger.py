@@ -60,6 +60,26 @@ class Enlarger(ModelMixin, ConfigMixin):
             manner.exit.load_state_dict(last.state_dict())
         return made
 
+    @torch.no_grad()
+    def refitted(self, old: Refiner, new: Refiner) -> Enlarger:
+        """One for `new` whose kernels are as close to what this one makes of `old`, the refiner that it fits, as its
+        rank allows: a truncated SVD of the changes of all manners at once. ValueError for refiners of two sizes."""
+        if (old.width, len(old.blocks)) != (new.width, len(new.blocks)):
+            raise ValueError(f"refiners of {old.width} x {len(old.blocks)} and {new.width} x {len(new.blocks)}")
+        rank = int(self.config["rank"])
+        made = Enlarger(new.width, len(new.blocks), rank, fingerprint(new))
+        wanted = [self._kernels(old, looks) for looks in MANNERS]
+        for layer, (kernel, _) in enumerate(new.restored_kernels()):
+            changes = torch.cat([(kernels[layer][0] - kernel).flatten(1) for kernels in wanted])
+            left, strength, right = torch.linalg.svd(changes.float(), full_matrices=False)
+            made.down[layer].copy_(right[:rank])
+            for looks, up in zip(MANNERS, (left * strength)[:, :rank].chunk(len(MANNERS)), strict=True):
+                made.manner(looks).up[layer].copy_(up)
+        for looks in MANNERS:
+            made.manner(looks).bias.load_state_dict(self.manner(looks).bias.state_dict())
+            made.manner(looks).exit.load_state_dict(self.manner(looks).exit.state_dict())
+        return made
+
     def manner(self, looks: str) -> EnlargerManner:
         """What is its own for photos of these looks, one of `MANNERS`."""
         return cast(EnlargerManner, self.get_submodule(looks))

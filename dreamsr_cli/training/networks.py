@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dreamsr_cli.config import BundleConfig, ControlConfig
 from dreamsr_cli.errors import ConfigError, UsageError
-from dreamsr_cli.models.autoencoder import Autoencoder, PatchAutoencoder
+from dreamsr_cli.models.autoencoder import Autoencoder, PatchAutoencoder, Refiner
 from dreamsr_cli.models.bundle import Bundle, open_bundle
 from dreamsr_cli.models.cleanliness import Cleanliness
 from dreamsr_cli.models.conditioned_dit import ConditionedDiT
@@ -272,13 +272,15 @@ def build_on(
 ) -> Networks:
     """The paper's stages: the transformer, autoencoder and text encoder of `base`, frozen.
 
-    ControlNet, cross-attention and LoRA are those of `start` (`--init-from`), else of `base`. Where neither has one,
+    ControlNet, cross-attention and LoRA are those of `start` (`--init-from`), else of `base`; stages that train none of
+    them take nothing but what they train from `start`. Where neither has one,
     and with `recipe.fresh` where the stage trains it, it begins as the paper's does: the ControlNet as a trimmed copy
     of the transformer, injections and LoRA without effect. All are on the CPU; `target` is where text will be encoded.
     Raises `ConfigError` for a control map that doesn't fit.
     """
     torch.manual_seed(recipe.seed)
-    device, source = torch.device("cpu"), start or base
+    # What looks at photos alone takes nothing else from where it starts.
+    device, source = torch.device("cpu"), base if stage.judges or stage.enlarges else start or base
     transformer = base.open_part("transformer", FluxTransformer2DModel, dtype)
     autoencoder = base.open_autoencoder(device, dtype)
     # FLUX's encoders are larger than what trains: they are opened only for prompts that are new.
@@ -324,19 +326,31 @@ def build_on(
     config = replace(base.config, name=recipe.name, control=control, sampling=sampling)
     cleanliness = enlarger = None
     if JUDGE[0] in stage.trains:
-        cleanliness = (None if recipe.fresh else source.open_cleanliness()) or Cleanliness()
+        cleanliness = (None if recipe.fresh else (start or base).open_cleanliness()) or Cleanliness()
     if ENLARGER[0] in stage.trains:
         if not isinstance(autoencoder, PatchAutoencoder):
             raise UsageError("FLUX's autoencoder has no refiner that could become an enlarger", "use --model mini")
-        known = None if recipe.fresh else source.open_enlarger()
-        if known is not None and known.config["refiner"] != fingerprint(autoencoder.refiner):
-            raise ConfigError(f"the enlarger of {source.config.name} fits another refiner", "--set fresh=true")
+        known = None if recipe.fresh else _known_enlarger(start or base, autoencoder.refiner)
         enlarger = known or Enlarger.of(autoencoder.refiner, recipe.sizes.enlarger_rank)
     networks = Networks(
         transformer, controlnet, context, text_encoder, autoencoder, lora, dit, config, cleanliness, enlarger
     )
     networks.to(device, dtype)
     return networks
+
+
+def _known_enlarger(source: Bundle, refiner: Refiner) -> Enlarger | None:
+    """The enlarger of `source`, brought to `refiner` where it was made for that bundle's own."""
+    known = source.open_enlarger()
+    if known is None or known.config["refiner"] == fingerprint(refiner):
+        return known
+    theirs = source.open_autoencoder(torch.device("cpu"), torch.float32)
+    if not isinstance(theirs, PatchAutoencoder) or known.config["refiner"] != fingerprint(theirs.refiner):
+        raise ConfigError(f"the enlarger of {source.config.name} fits another refiner", "--set fresh=true")
+    try:
+        return known.refitted(theirs.refiner, refiner)
+    except ValueError as error:
+        raise ConfigError(f"the enlarger of {source.config.name}: {error}", "--set fresh=true") from error
 
 
 def _fresh_control(recipe: Recipe, base: Bundle, blocks: int) -> ControlConfig:
