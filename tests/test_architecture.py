@@ -33,6 +33,7 @@ LAYERS = (
         "flow",
         "journal",
         "journal_files",
+        "folder_lock",
         "weights",
         "weights_lock",
         "hub",
