@@ -31,6 +31,9 @@ class FolderLock:
             raise JournalError(
                 f"another process is working in {self.out}", "wait for it to end, or choose another -o"
             ) from error
+        except OSError as error:
+            os.close(self._file)
+            raise OutputError(f"can't lock {self.out / LOCK_FILE}: {error.strerror}", "choose another -o") from error
 
     def __exit__(self, *_: object) -> None:
         os.close(self._file)

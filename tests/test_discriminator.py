@@ -1,4 +1,5 @@
-"""The discriminator: one logit per spot, bounded slope, learns to tell, costs little, and never ships."""
+"""The discriminator: one logit per spot, bounded slope, learns to tell, costs little, and never ships. What it learns
+and how it goes on holds for the one on features too (test_feature_discriminator.py)."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawn_lpips import drawn_lpips
 from tiny_models import CPU, RECIPE, pictures
 
 from dreamsr_cli.losses import hinge_discriminator
@@ -18,9 +20,13 @@ from dreamsr_cli.training.stages import STAGES
 SHARP, SOFT = (pictures(4, 64, 64, seed=1), torch.nn.functional.avg_pool2d(pictures(4, 64, 64, seed=1), 5, 1, 2))
 
 
-def adversary() -> Adversary:
-    recipe = replace(RECIPE, loss=replace(RECIPE.loss, gan_start=3, gan_lead=2, gan_lr=1e-3))
-    return Adversary(recipe, 0.5, Team(CPU, torch.float32))
+both = pytest.mark.parametrize("sees", ["pixels", "features"])
+
+
+def adversary(sees: str = "pixels") -> Adversary:
+    rate = {"pixels": 1e-3, "features": 2e-3}[sees]
+    recipe = replace(RECIPE, loss=replace(RECIPE.loss, gan_sees=sees, gan_start=3, gan_lead=2, gan_lr=rate))
+    return Adversary(recipe, 0.5, Team(CPU, torch.float32), drawn_lpips() if sees == "features" else None)
 
 
 def test_a_logit_for_every_spot() -> None:
@@ -66,19 +72,21 @@ def test_its_weights_come_from_the_seed_alone() -> None:
     assert not torch.equal(one.exit.weight, other.exit.weight)
 
 
-def test_it_learns_to_tell_soft_from_sharp() -> None:
-    made = adversary()
+@both
+def test_it_learns_to_tell_soft_from_sharp(sees) -> None:
+    made, (learnt, unseen_too) = adversary(sees), {"pixels": (1.2, 2), "features": (1.7, 1.9)}[sees]
     for step in range(1, 61):
         terms = made.learn(step, [SOFT], [SHARP])
-    assert terms["discriminator"] < 1.2 and terms["real_logit"] > terms["fake_logit"]
+    assert terms["discriminator"] < learnt and terms["real_logit"] > terms["fake_logit"]
     unseen = pictures(4, 64, 64, seed=9)
     softer = torch.nn.functional.avg_pool2d(unseen, 5, 1, 2)
     with torch.no_grad():
-        assert hinge_discriminator(made.judge(unseen), made.judge(softer)) < 2
+        assert hinge_discriminator(made.judge(unseen), made.judge(softer)) < unseen_too
 
 
-def test_the_schedule_and_what_judging_leaves_alone() -> None:
-    made = adversary()
+@both
+def test_the_schedule_and_what_judging_leaves_alone(sees) -> None:
+    made = adversary(sees)
     assert [made.counts(step) for step in range(5)] == [False, False, False, True, True]
     before = {k: v.clone() for k, v in made.network.state_dict().items()}
     assert made.learn(0, [SOFT], [SHARP]) == {}  # it begins gan_lead steps before it counts
@@ -91,8 +99,9 @@ def test_the_schedule_and_what_judging_leaves_alone() -> None:
     assert any(not torch.equal(v, before[k]) for k, v in made.network.state_dict().items())
 
 
-def test_two_passes_learn_as_one_of_both() -> None:
-    one, two = adversary(), adversary()
+@both
+def test_two_passes_learn_as_one_of_both(sees) -> None:
+    one, two = adversary(sees), adversary(sees)
     a = one.learn(5, [SOFT], [SHARP])
     b = two.learn(5, [SOFT[:2], SOFT[2:]], [SHARP[:2], SHARP[2:]])
     assert {k: v.item() for k, v in a.items()} == pytest.approx({k: v.item() for k, v in b.items()}, abs=1e-6)
@@ -100,14 +109,15 @@ def test_two_passes_learn_as_one_of_both() -> None:
     assert norms[0] and all(torch.equal(v, norms[1][k]) for k, v in norms[0].items())
 
 
-def test_it_goes_on_as_if_never_stopped() -> None:
-    whole, first = adversary(), adversary()
+@both
+def test_it_goes_on_as_if_never_stopped(sees) -> None:
+    whole, first = adversary(sees), adversary(sees)
     for step in range(1, 5):
         whole.learn(step, [SOFT], [SHARP])
     for step in range(1, 3):
         first.learn(step, [SOFT], [SHARP])
     saved = {name: {k: v.clone() for k, v in group.items()} for name, group in first.tensors().items()}
-    second = adversary()
+    second = adversary(sees)
     second.restore(saved)
     for step in range(3, 5):
         second.learn(step, [SOFT], [SHARP])

@@ -231,7 +231,7 @@ def test_a_run_goes_on_from_the_enlarger_that_is_there(trained, tiny_bundle, tmp
     assert torch.equal(moved.manner("clean").bias[0], known.manner("clean").bias[0])
     assert not torch.equal(moved.down[0], begun(replace(TINY, fresh=True), other, source).down[0])
     networks = build_on(TINY, STAGES["enlarger"], other, source, CPU, torch.float32)
-    assert untouched(networks, other, source, STAGES["enlarger"].trains) == tuple(
+    assert untouched(networks, other, source, STAGES["enlarger"]) == tuple(
         p for p in other.config.parts if p != "enlarger"
     )
     for part, made in (("controlnet", networks.controlnet), ("transformer", networks.transformer)):

@@ -15,8 +15,6 @@ from training_data import save_photos
 from dreamsr_cli.errors import ConfigError, JournalError, TrainingError, UsageError
 from dreamsr_cli.folder_lock import FolderLock
 from dreamsr_cli.models.bundle import open_bundle
-from dreamsr_cli.models.feature_discriminator import fresh_heads
-from dreamsr_cli.models.perceptual import BACKBONES, Lpips
 from dreamsr_cli.progress import SilentProgress
 from dreamsr_cli.training.networks import MODULES, Networks, build_on
 from dreamsr_cli.training.plan import training_plan
@@ -266,34 +264,6 @@ def test_the_gan_term_can_be_had_in_stage_backbone(photos, tiny_bundle, tmp_path
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if "removal_gan" in line] == [3, 4]
     assert [line["step"] for line in log if "discriminator" in line] == [3, 4]
-
-
-def test_a_discriminator_on_lpips_features_judges_stage_2(photos, tiny_bundle, tmp_path, monkeypatch) -> None:
-    """LPIPS with drawn weights (a user's are a download); resumed, and what it was is on the card."""
-    backbone = BACKBONES["lpips-squeeze"]
-    torch.manual_seed(4)
-    lpips = Lpips(backbone, backbone.build(), [torch.rand(1, c, 1, 1) for c in (64, 128, 256, 384, 384, 512, 512)])
-    monkeypatch.setattr("dreamsr_cli.training.trainer.load_perceptual", lambda *_: lpips)
-    loss = replace(RECIPE.loss, perceptual="lpips-squeeze", gan=0.5, gan_sees="features", gan_start=2, gan_lead=1)
-    recipe = replace(
-        RECIPE,
-        steps=4,
-        loss=loss,
-        data=replace(RECIPE.data, crops=(CropPlan(48, 2, 1.0),)),
-        renoised_share=1.0,
-        renoised_t=(0.1, 0.2),
-    )
-    start: dict[str, Any] = {"model": None, "init_from": str(tiny_bundle)}
-    whole = job(photos, tiny_bundle, tmp_path / "run", "backbone", recipe, **start)
-    train(replace(whole, max_steps=3), SilentProgress())
-    result = train(replace(whole, resume=True), SilentProgress())
-    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log if "texture_gan" in line] == [3, 4]
-    assert [line["step"] for line in log if "discriminator" in line] == [2, 3, 4]
-    card = (result.bundle / "README.md").read_text()
-    assert "texture: velocity" in card and "heads on the features of lpips-squeeze" in card.split("texture: ")[1]
-    planned = training_plan(recipe, STAGES["backbone"]).trained["discriminator"]
-    assert planned == sum(p.numel() for p in fresh_heads(1, lpips).parameters())
 
 
 def test_a_run_folder_has_one_process_at_a_time(photos, tiny_bundle, tmp_path) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from dreamsr_cli.models.perceptual import Lpips
+from dreamsr_cli.models.perceptual import SMALLEST_SIDE, Lpips
 
 SHIFT = 16
 """Pixels by which the window that is judged is smaller than the picture: at another place in every step, so that no
@@ -51,6 +51,8 @@ class FeatureDiscriminator(nn.Module):
 
     def forward(self, rgb_BCPQ: Tensor) -> Tensor:
         """Gradients flow to the pictures too. ValueError for sides below the perceptual distance's smallest."""
+        if min(rgb_BCPQ.shape[2:]) < SMALLEST_SIDE:
+            raise ValueError(f"features of {tuple(rgb_BCPQ.shape)}: sides must be at least {SMALLEST_SIDE}")
         features = self._perceptual[0].features(rgb_BCPQ)
         finest = features[self._taps[0]].shape[2:]
         logits = []

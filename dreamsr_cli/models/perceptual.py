@@ -212,11 +212,16 @@ def on_window(perceptual: Perceptual, shift: int, top: int, left: int) -> Percep
     at most `shift`."""
 
     def distance(x_BCPQ: torch.Tensor, target_BCPQ: torch.Tensor) -> torch.Tensor:
-        rows, columns = (side - shift for side in x_BCPQ.shape[2:])
-        window = (..., slice(top, top + rows), slice(left, left + columns))
-        return perceptual(x_BCPQ[window], target_BCPQ[window])
+        return perceptual(*(window(pictures, shift, top, left) for pictures in (x_BCPQ, target_BCPQ)))
 
     return distance
+
+
+def window(rgb_BCPQ: torch.Tensor, shift: int, top: int, left: int) -> torch.Tensor:
+    """Windows of pictures (B, C, P, Q): (B, C, P - shift, Q - shift), `top` and `left` pixels inside, both at most
+    `shift`. A view."""
+    rows, columns = (side - shift for side in rgb_BCPQ.shape[2:])
+    return rgb_BCPQ[..., top : top + rows, left : left + columns]
 
 
 def load_perceptual(kind: str, folder: Path | None) -> Perceptual | None:

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from dreamsr_cli.draws import generator
-from dreamsr_cli.errors import UsageError
 from dreamsr_cli.losses import hinge_discriminator
 from dreamsr_cli.models.discriminator import fresh
 from dreamsr_cli.models.feature_discriminator import SHIFT, fresh_heads
-from dreamsr_cli.models.perceptual import Lpips, Perceptual
+from dreamsr_cli.models.perceptual import Lpips, Perceptual, window
 from dreamsr_cli.training.distributed import Team
 from dreamsr_cli.training.recipe import PAPERS_GAN, Recipe
 from dreamsr_cli.training.stages import Stage
@@ -38,7 +37,7 @@ class Adversary:
     """The discriminator, its optimizer and its schedule; weights in float32."""
 
     def __init__(self, recipe: Recipe, weight: float, team: Team, perceptual: Perceptual | None = None) -> None:
-        """`perceptual` is what `loss.gan_sees = "features"` looks through; `UsageError` where there is none."""
+        """`perceptual` is what `loss.gan_sees = "features"` looks through. ValueError where it is no `Lpips`."""
         self.weight, self._team, self._seed = weight, team, recipe.seed
         self.starts, self.learns_from = recipe.loss.gan_start, max(0, recipe.loss.gan_start - recipe.loss.gan_lead)
         self._shift = SHIFT if recipe.loss.gan_sees == "features" else 0
@@ -47,10 +46,7 @@ class Adversary:
         elif isinstance(perceptual, Lpips):
             self.network = fresh_heads(recipe.seed, perceptual).to(team.device)
         else:
-            raise UsageError(
-                'loss.gan_sees = "features" looks through the network of the perceptual distance, and there is none',
-                "--perceptual lpips-squeeze, or --set loss.gan_sees=pixels",
-            )
+            raise ValueError("a discriminator on features without LPIPS")
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=recipe.loss.gan_lr, betas=BETAS, weight_decay=0.0
         )
@@ -68,8 +64,7 @@ class Adversary:
         if not self._shift:
             return rgb_BCPQ
         top, left = generator(self._seed, "gan-window", step).integers(self._shift, size=2).tolist()
-        rows, columns = (side - self._shift for side in rgb_BCPQ.shape[2:])
-        return rgb_BCPQ[..., top : top + rows, left : left + columns]
+        return window(rgb_BCPQ, self._shift, top, left)
 
     def learn(self, step: int, fakes: list[Tensor], reals: list[Tensor]) -> dict[str, Tensor]:
         """One update from the pictures of all passes of `step`; its terms for the log, {} before it learns."""

@@ -1,4 +1,5 @@
-"""A run folder: `run.json` (settings, provenance), `log.jsonl`, `checkpoint-N/` (safetensors), `bundle/` (the result).
+"""A run folder: `run.json` (settings, provenance), `log.jsonl`, `checkpoint-N/` (safetensors), `bundle/` (the result),
+`lock` (held while a process trains here).
 
 A checkpoint is written beside the last one and becomes the last by one atomic rename of `latest`; a kill at any
 instant, or a full disk, leaves a run that resumes. No generator state is kept: every draw is a function of (seed, step,

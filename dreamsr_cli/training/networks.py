@@ -272,15 +272,13 @@ def build_on(
 ) -> Networks:
     """The paper's stages: the transformer, autoencoder and text encoder of `base`, frozen.
 
-    ControlNet, cross-attention and LoRA are those of `start` (`--init-from`), else of `base`; stages that train none of
-    them take nothing but what they train from `start`. Where neither has one,
-    and with `recipe.fresh` where the stage trains it, it begins as the paper's does: the ControlNet as a trimmed copy
-    of the transformer, injections and LoRA without effect. All are on the CPU; `target` is where text will be encoded.
-    Raises `ConfigError` for a control map that doesn't fit.
+    ControlNet, cross-attention and LoRA are those of `start` (`--init-from`), else of `base`; judge and enlarger take
+    nothing else from `start`. Where neither has one, and with `recipe.fresh` where the stage trains it, it begins as
+    the paper's does: the ControlNet as a trimmed copy of the transformer, injections and LoRA without effect. All
+    are on the CPU; `target` is where text will be encoded. Raises `ConfigError` for a control map that doesn't fit.
     """
     torch.manual_seed(recipe.seed)
-    # What looks at photos alone takes nothing else from where it starts.
-    device, source = torch.device("cpu"), base if stage.judges or stage.enlarges else start or base
+    device, source = torch.device("cpu"), base if stage.looks_alone else start or base
     transformer = base.open_part("transformer", FluxTransformer2DModel, dtype)
     autoencoder = base.open_autoencoder(device, dtype)
     # FLUX's encoders are larger than what trains: they are opened only for prompts that are new.

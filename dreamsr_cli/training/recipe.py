@@ -346,10 +346,10 @@ def _check(recipe: Recipe, where: str) -> None:
         raise ConfigError(
             f"{where}: loss.perceptual_shift is {recipe.loss.perceptual_shift}", f"use 0 to {smallest // 2} pixels"
         )
-    if recipe.loss.gan_sees == "features" and smallest < SMALLEST_FOR_FEATURES:
+    if recipe.loss.gan_sees == "features" and (recipe.loss.perceptual == "none" or smallest < SMALLEST_FOR_FEATURES):
         raise ConfigError(
-            f"{where}: crops of {smallest} px are too small for loss.gan_sees features",
-            f"use {SMALLEST_FOR_FEATURES} px or more",
+            f"{where}: loss.gan_sees features needs loss.perceptual and crops of {SMALLEST_FOR_FEATURES} px or more",
+            "--set loss.gan_sees=pixels, or --perceptual lpips-squeeze and larger data.crops",
         )
     if recipe.texture_every < 0:
         raise ConfigError(f"{where}: texture_every is {recipe.texture_every}", "use 0 (never) or more steps")

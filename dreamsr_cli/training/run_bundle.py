@@ -21,7 +21,7 @@ from dreamsr_cli.models.autoencoder import PatchAutoencoder
 from dreamsr_cli.models.bundle import BUILT_IN, Bundle, save_bundle
 from dreamsr_cli.training.distributed import whole
 from dreamsr_cli.training.networks import Networks
-from dreamsr_cli.training.stages import CONTROL, ENLARGER, JUDGE
+from dreamsr_cli.training.stages import CONTROL, Stage
 from dreamsr_cli.weights import BUILTIN_FOLDER
 
 FLUX_NOTICE = (
@@ -122,11 +122,10 @@ def _let_others_read(folder: Path) -> None:
             path.chmod(0o666 & ~mask)
 
 
-def untouched(networks: Networks, base: Bundle, start: Bundle | None, trains: Iterable[str]) -> tuple[str, ...]:
+def untouched(networks: Networks, base: Bundle, start: Bundle | None, stage: Stage) -> tuple[str, ...]:
     """Parts of `base` that a run left as they are, and may refer to."""
-    touched = set(trains)
-    alone = touched <= {*JUDGE, *ENLARGER}
-    if start is not None and start.folder != base.folder and not alone:
+    touched = set(stage.trains)
+    if start is not None and start.folder != base.folder and not stage.looks_alone:
         touched |= {*CONTROL, "lora"}
     # A part that the run leaves out on purpose (an ablation) is not referred to either.
     if networks.context_attention is None:

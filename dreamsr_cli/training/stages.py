@@ -60,6 +60,11 @@ class Stage:
         return "enlarge" in self.learners
 
     @property
+    def looks_alone(self) -> bool:
+        """Whether it trains what only looks at photos, and takes nothing else from where it starts."""
+        return self.judges or self.enlarges
+
+    @property
     def removes(self) -> bool:
         """Whether some of its steps have eq. 7, and with it the GAN term."""
         return "removal" in self.learners or "both" in self.learners

@@ -277,7 +277,7 @@ def _write_bundle(
         figures=figures,
         command=checkpoints.read_run(job.out).get("command", provenance.command()),
     )
-    keep = () if base is None else untouched(networks, base, start, job.stage.trains)
+    keep = () if base is None else untouched(networks, base, start, job.stage)
     folder = job.out / "bundle"
     export(networks, run.shipped(), folder, config, base=base, keep=keep, card=card, write=run.team.main)
     if run.team.main and is_flux(config.licence):
