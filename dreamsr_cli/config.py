@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-GRAIN = 16
+TOKEN_SIDE = 16
 """Output pixels per token side (8 px per latent pixel, packed 2x2): tiles, overlaps and strips are multiples of it."""
 CAPTIONERS = ("describe", "none", "llava-1.5-7b", "llava-onevision-0.5b")
 """Captioners by name; a folder with the weights of one of the LLaVA family is another."""
@@ -226,6 +226,9 @@ class UpscaleConfig:
     consistency: float | None = None
     """How far the result, shrunk to the photo's size, is made to agree with it: 0 not, 1 as far as one step can. None:
     as surely as the photo looks clean; 1 for a compressed one, with what the enlarger made of it; 0 for others."""
+    grain: float | None = None
+    """Finest texture, drawn from the seed and added to the result: 0 none, 1 as much as the bundle's network says, up
+    to 2; None: 1 where there is such a network and texture is asked for, else 0."""
     removal: bool | None = None
     """Run stage 1; False starts texture from z_lq (ablation); None: if the bundle has a Restoration LoRA, and for
     photos that don't look damaged its enlarger instead."""

@@ -125,6 +125,42 @@ class AutoencoderSizes:
         return [9 * folded * width, *[9 * width * width] * (2 * blocks), 9 * width * folded]
 
 
+@dataclass(frozen=True)
+class GrainSizes:
+    """What says how strong grain is to be (`models/grain.py`), by its config.json."""
+
+    config: Mapping[str, Any]
+
+    STRIP = 128
+    """Rows of a strip (`grained.GrainedRows.STRIP`)."""
+    BANDS, KERNEL = 4, 9**2
+    """Filters of the noise and their pixels (`models.grain.BANDS`, `MARGIN`)."""
+
+    def flops(self, rows: int, columns: int) -> int:
+        """Grain for that many pixels, strip by strip with what surrounds each."""
+        folded = sum(-(-n // FOLD) for n in self._extents(rows)) * -(-columns // FOLD)
+        return 2 * folded * self._weights() + 2 * rows * columns * self.BANDS * self.KERNEL
+
+    def moved_values(self, rows: int, columns: int) -> int:
+        """Activations read and written, layer by layer, and weights once a strip."""
+        width, blocks = int(self.config["width"]), int(self.config["blocks"])
+        strips = self._extents(rows)
+        layers = 2 * 3 * FOLD**2 + width + 2 * blocks * 2 * width + width + self.BANDS * FOLD**2
+        return (
+            sum(strips) * columns // FOLD**2 * layers
+            + rows * columns * (2 * self.BANDS + 3)
+            + len(strips) * (self._weights())
+        )
+
+    def _extents(self, rows: int) -> list[int]:
+        reach = FOLD * (2 + 2 * int(self.config["blocks"]))
+        return [min(rows, top + self.STRIP + reach) - max(0, top - reach) for top in range(0, rows, self.STRIP)]
+
+    def _weights(self) -> int:
+        width, blocks = int(self.config["width"]), int(self.config["blocks"])
+        return 9 * width * (2 * 3 * FOLD**2 + 2 * blocks * width + self.BANDS * FOLD**2)
+
+
 # ---------------------------------------------------------------- AutoencoderKL by layer
 
 

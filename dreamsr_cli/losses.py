@@ -20,6 +20,8 @@ LATTICE = 16
 """Pixels of a token's side: the networks' own grid, which the refiner's of 4 and the transform's of 8 divide."""
 LATTICE_EPSILON = 1e-4
 """Rounds the corner of the lattice's root at zero."""
+CONTRAST_WINDOW = 15
+"""Pixels of a window's side in which `contrast_distance` asks how strong texture is."""
 
 
 def velocity_loss(
@@ -137,3 +139,26 @@ def hinge_discriminator(real_logits: torch.Tensor, fake_logits: torch.Tensor) ->
     """What the discriminator lowers: mean max(0, 1 - D(real)) + mean max(0, 1 + D(fake)); 2 for one that knows
     nothing, 0 for one that is sure."""
     return (1 - real_logits).clamp_min(0).mean() + (1 + fake_logits).clamp_min(0).mean()
+
+
+def contrast_distance(x_BCPQ: torch.Tensor, target_BCPQ: torch.Tensor) -> torch.Tensor:
+    """How differently strong the fine texture of pictures is, wherever its lines run (ours): a scalar, the mean over
+    windows of `CONTRAST_WINDOW` pixels, half overlapping, of the distance of the logarithms of what brightness varies
+    there beyond its mean of 7 x 7 pixels; at full and at half size. Pictures are RGB on [-1, 1]."""
+    x_B1PQ, target_B1PQ = _brightness(x_BCPQ), _brightness(target_BCPQ)
+    full = (_log_contrast(x_B1PQ) - _log_contrast(target_B1PQ)).abs().mean()
+    half = (_log_contrast(F.avg_pool2d(x_B1PQ, 2)) - _log_contrast(F.avg_pool2d(target_B1PQ, 2))).abs().mean()
+    return (full + half) / 2
+
+
+def _brightness(rgb_BCPQ: torch.Tensor) -> torch.Tensor:
+    """BT.601's Y in levels of 255, float32, (B, 1, P, Q)."""
+    rgb_BCPQ = rgb_BCPQ.float() * 127.5
+    return (rgb_BCPQ * rgb_BCPQ.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+
+
+def _log_contrast(y_B1PQ: torch.Tensor) -> torch.Tensor:
+    fine = y_B1PQ - F.avg_pool2d(y_B1PQ, 7, stride=1, padding=3, count_include_pad=False)
+    varies = F.avg_pool2d(fine.square(), CONTRAST_WINDOW, stride=CONTRAST_WINDOW // 2)
+    # What lies below a level doesn't show.
+    return (varies + 1).log() / 2

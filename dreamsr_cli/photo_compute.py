@@ -16,6 +16,7 @@ from dreamsr_cli.backoff import WorkPlan, place_weights, settle
 from dreamsr_cli.canvas import STRIP, DecodedCanvas, UndamagedPhoto, encode
 from dreamsr_cli.colour import fix_strips, reads
 from dreamsr_cli.consistency import ConsistentRows
+from dreamsr_cli.grained import GrainedRows
 from dreamsr_cli.journal_files import RowFile
 from dreamsr_cli.models.compiling import compile_blocks, compile_errors, compiled_code
 from dreamsr_cli.models.open_parts import RESTORER, OpenParts
@@ -165,7 +166,9 @@ def write_pixels(
 
     def write(read_result: ReadRows) -> None:
         like = _undamaged_photo(job, parts) if job.keeps_to_enlarger else None
-        rows = ConsistentRows(read_result, enlarged, settings.consistency or 0.0, like)
+        consistent = ConsistentRows(read_result, enlarged, settings.consistency or 0.0, like)
+        network = parts.grain() if settings.grain else None
+        rows = GrainedRows(consistent.read_rows, enlarged, network, settings.grain, settings.seed, parts.device)
         wanted = reads(settings.color_fix, height, STRIP, start)
         beside(((asked, rows.read_rows(*asked)) for asked in wanted), fix)
 

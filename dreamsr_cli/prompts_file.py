@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreamsr_cli.config import GRAIN
+from dreamsr_cli.config import TOKEN_SIDE
 from dreamsr_cli.errors import InputError, UsageError
 from dreamsr_cli.json_lines import JsonError, KeyPath, parse_json
 from dreamsr_cli.prompts import CaptionerId, PhotoId, PromptPlan, TilePrompt, text_problem
@@ -154,7 +154,7 @@ def _check_boxes(file: PromptsFile, plan: PromptPlan) -> None:
     width, height = plan.canvas
     if not plan.tile:
         return
-    overlap = min(plan.overlap, plan.tile // 2 // GRAIN * GRAIN)
+    overlap = min(plan.overlap, plan.tile // 2 // TOKEN_SIDE * TOKEN_SIDE)
     try:
         check_tiling(plan.tile, overlap)
     except UsageError as error:

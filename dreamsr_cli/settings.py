@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dreamsr_cli.config import AUTO, CAPTIONERS, GRAIN, LOOKS, PROMPT_MODES, TILINGS, UpscaleConfig, is_captioner
+from dreamsr_cli.config import AUTO, CAPTIONERS, LOOKS, PROMPT_MODES, TILINGS, TOKEN_SIDE, UpscaleConfig, is_captioner
 from dreamsr_cli.device import choose_device
 from dreamsr_cli.errors import UsageError
 from dreamsr_cli.memory_choice import decide_memory
-from dreamsr_cli.models.bundle import Bundle
+from dreamsr_cli.models.bundle import GRAIN, Bundle
 from dreamsr_cli.models.compiling import check_compile
 from dreamsr_cli.prompt_fitting import parse_tile_prompts
 from dreamsr_cli.prompts import text_problem
@@ -40,6 +40,8 @@ class Settings:
     """"auto": what the photo itself says."""
     consistency: float | None
     """None: what the photo itself says."""
+    grain: float
+    """0: none, and so where the bundle has no network for it."""
     enlarger: bool | None
     """Whether the bundle's enlarger takes the place of stage 1; None: where the photo doesn't look damaged."""
     removal: bool
@@ -75,7 +77,7 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
     sized = config.long_side is not None or config.short_side is not None
     tile_auto = None
     if config.tile == AUTO:
-        tile_auto = defaults.tile_auto or (defaults.tile // 2 // GRAIN * GRAIN, defaults.tile)
+        tile_auto = defaults.tile_auto or (defaults.tile // 2 // TOKEN_SIDE * TOKEN_SIDE, defaults.tile)
     elif isinstance(config.tile, str):
         raise UsageError(f"--tile {config.tile!r} is no number of pixels", "use --tile 512, or --tile auto")
     tile = config.tile if isinstance(config.tile, int) else defaults.tile
@@ -89,6 +91,7 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
     enlarger = None if looks == AUTO else looks != "damaged"
     if "enlarger" not in bundle.config.parts or config.removal is not None:
         enlarger = False
+    has_grain = GRAIN in bundle.config.parts
     settings = Settings(
         scale=config.scale if sized else pick(config.scale, float(bundle.config.scale)),
         long_side=config.long_side,
@@ -106,6 +109,7 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
         color_fix=pick(config.color_fix, defaults.color_fix),
         looks=looks,
         consistency=0.0 if config.consistency is None and looks == "damaged" else config.consistency,
+        grain=pick(config.grain, 1.0 if has_grain and pick(config.strength, sampling.t_start) > 0 else 0.0),
         enlarger=enlarger,
         removal=pick(config.removal, "lora" in bundle.config.parts and not enlarger),
         precision=config.precision,
@@ -134,6 +138,10 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
     _check_choice("--looks", settings.looks, (AUTO, *LOOKS))
     if settings.consistency is not None:
         _check_range("--consistency", settings.consistency, 0, 1)
+    _check_range("--grain", settings.grain, 0, 2)
+    if settings.grain and not has_grain:
+        message = f"--grain: model {bundle.config.name} has no network that says how strong it is to be"
+        raise UsageError(message, "leave --grain out")
     _check_choice("--color-fix", settings.color_fix, COLOR_FIXES)
     if not is_captioner(settings.captioner):
         known = ", ".join(CAPTIONERS)

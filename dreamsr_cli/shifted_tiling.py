@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 
 from dreamsr_cli import multidiffusion
-from dreamsr_cli.config import GRAIN
+from dreamsr_cli.config import TOKEN_SIDE
 from dreamsr_cli.multidiffusion import TileValues
 from dreamsr_cli.tiling import Tile, TileGrid
 
@@ -73,7 +73,7 @@ def texture_layouts(grid: TileGrid, tiling: str) -> tuple[Layout, ...]:
 
 
 def _shifted(grid: TileGrid, number: int) -> Layout:
-    shift = grid.overlap * number // (POSITIONS - 1) // GRAIN * GRAIN
+    shift = grid.overlap * number // (POSITIONS - 1) // TOKEN_SIDE * TOKEN_SIDE
     height, rows = _divide(grid.canvas_height, grid.tile_height, grid.overlap, shift)
     width, columns = _divide(grid.canvas_width, grid.tile_width, grid.overlap, shift)
     caption_rows = {tile.row: (tile.top, tile.top + tile.height) for tile in grid.tiles}
@@ -96,8 +96,8 @@ def _divide(length: int, tile: int, room: int, shift: int) -> tuple[int, list[tu
     if tile >= length:
         return length, [(0, length)]
     count = -(-(length + room) // tile)
-    units = (length + room) // GRAIN
-    edges = [(2 * k * units + count) // (2 * count) * GRAIN for k in range(count + 1)]
+    units = (length + room) // TOKEN_SIDE
+    edges = [(2 * k * units + count) // (2 * count) * TOKEN_SIDE for k in range(count + 1)]
     side = max(b - a for a, b in pairwise(edges))
     return side, list(pairwise(min(max(edge - shift, 0), length) for edge in edges))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamsr_cli.bundle_sizes import BundleSizes
-from dreamsr_cli.config import GRAIN, OutputConfig, parse_memory
+from dreamsr_cli.config import TOKEN_SIDE, OutputConfig, parse_memory
 from dreamsr_cli.errors import UsageError
 from dreamsr_cli.images import PhotoInfo
 from dreamsr_cli.journal import fingerprint_of, journal_folder
@@ -105,7 +105,7 @@ def choose_tile(
     """Weigh every multiple of 16 from `sides[0]` to `sides[1]` for a result of that size. Of equals the larger wins;
     where none fits `budget` bytes, the one that needs least."""
     options = []
-    for tile in range(sides[0], sides[1] + 1, GRAIN):
+    for tile in range(sides[0], sides[1] + 1, TOKEN_SIDE):
         if tile < 2 * settings.overlap:
             continue
         work = Workload(make_grid(height, width, tile, settings.overlap), settings, sizes, machine, limits)
@@ -117,7 +117,7 @@ def choose_tile(
     if not options:
         what = f"--overlap {settings.overlap} is more than half of every tile that --tile auto may choose"
         raise UsageError(
-            f"{what} ({sides[0]} to {sides[1]})", f"use --overlap {sides[1] // 2 // GRAIN * GRAIN} or less"
+            f"{what} ({sides[0]} to {sides[1]})", f"use --overlap {sides[1] // 2 // TOKEN_SIDE * TOKEN_SIDE} or less"
         )
     options.sort(key=lambda option: (option.flops, -option.tile))
     fitting = [option for option in options if option.fits]

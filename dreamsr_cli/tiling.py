@@ -1,7 +1,7 @@
 """Where overlapping tiles lie, in output pixels and in latent pixels.
 
-Everything lies on a lattice of `GRAIN` = 16 output pixels, the side of one image token; the canvas is padded right and
-bottom to that lattice and cropped at the end, so the size that a user gets is exact.
+Everything lies on a lattice of `TOKEN_SIDE` = 16 output pixels, the side of one image token; the canvas is padded right
+and bottom to that lattice and cropped at the end, so the size that a user gets is exact.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
-from dreamsr_cli.config import GRAIN
+from dreamsr_cli.config import TOKEN_SIDE
 from dreamsr_cli.errors import UsageError
 
 SMALLEST_FACTOR, LARGEST_FACTOR = 1, 8
@@ -50,7 +50,7 @@ def _scaled(side: int, factor: Fraction) -> int:
 
 def padded(n: int) -> int:
     """The next multiple of 16 at or above `n`."""
-    return -(-n // GRAIN) * GRAIN
+    return -(-n // TOKEN_SIDE) * TOKEN_SIDE
 
 
 def check_tiling(tile: int, overlap: int) -> None:
@@ -58,20 +58,20 @@ def check_tiling(tile: int, overlap: int) -> None:
 
     `tile` 0 (the whole photo) goes with any legal overlap.
     """
-    if tile < 0 or tile % GRAIN:
-        nearest = max(GRAIN, _nearest(tile))
-        raise UsageError(f"--tile {tile} is not a multiple of {GRAIN}", f"use --tile {nearest}, or 0 for one tile")
-    limit = tile // 2 // GRAIN * GRAIN
+    if tile < 0 or tile % TOKEN_SIDE:
+        nearest = max(TOKEN_SIDE, _nearest(tile))
+        raise UsageError(f"--tile {tile} is not a multiple of {TOKEN_SIDE}", f"use --tile {nearest}, or 0 for one tile")
+    limit = tile // 2 // TOKEN_SIDE * TOKEN_SIDE
     if tile and overlap > tile // 2:
         raise UsageError(f"--overlap {overlap} is more than half of --tile {tile}", f"use --overlap {limit} or less")
-    if overlap < 0 or overlap % GRAIN:
+    if overlap < 0 or overlap % TOKEN_SIDE:
         nearest = max(0, _nearest(overlap))
         nearest = min(nearest, limit) if tile else nearest
-        raise UsageError(f"--overlap {overlap} is not a multiple of {GRAIN}", f"use --overlap {nearest}")
+        raise UsageError(f"--overlap {overlap} is not a multiple of {TOKEN_SIDE}", f"use --overlap {nearest}")
 
 
 def _nearest(n: int) -> int:
-    return (n + GRAIN // 2) // GRAIN * GRAIN
+    return (n + TOKEN_SIDE // 2) // TOKEN_SIDE * TOKEN_SIDE
 
 
 @dataclass(frozen=True)
@@ -149,5 +149,5 @@ def _divided(length: int, longest: int, overlap: int) -> tuple[int, list[int]]:
         return length, [0]
     steps = -(-(length - longest) // (longest - overlap))
     tile = max(padded(-(-(length + steps * overlap) // (steps + 1))), 2 * overlap)
-    spare = (length - tile) // GRAIN
-    return tile, [(2 * i * spare + steps) // (2 * steps) * GRAIN for i in range(steps + 1)]
+    spare = (length - tile) // TOKEN_SIDE
+    return tile, [(2 * i * spare + steps) // (2 * steps) * TOKEN_SIDE for i in range(steps + 1)]

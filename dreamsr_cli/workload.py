@@ -9,7 +9,7 @@ from typing import Protocol
 from dreamsr_cli import counting
 from dreamsr_cli.batch_choice import automatic_batch
 from dreamsr_cli.bundle_sizes import BundleSizes
-from dreamsr_cli.counting_pixels import STRIDE
+from dreamsr_cli.counting_pixels import STRIDE, GrainSizes
 from dreamsr_cli.images import PhotoInfo
 from dreamsr_cli.machine import Machine
 from dreamsr_cli.memory_plan import WEIGHT_BYTES, Phase, PhaseWork, phases
@@ -30,6 +30,8 @@ STRIPS_AT_ONCE = 12
 waits for the thread that writes, about."""
 CONSISTENT_STRIPS = 4
 """More of them where the result may have to agree with its photo [measured: 3.5]."""
+GRAINED_STRIPS = 4
+"""More of them where grain is added: the strips of `GrainedRows`, and one's features."""
 STRIPS_KEPT = 4
 """Decoded strips that aren't decoded again when they are read twice (`DecodedCanvas.KEPT`)."""
 SPILLED_BLOCK = 64 * 2**20
@@ -73,6 +75,8 @@ class Settings(Protocol):
     def looks(self) -> str: ...
     @property
     def consistency(self) -> float | None: ...
+    @property
+    def grain(self) -> float: ...
     @property
     def enlarger(self) -> bool | None: ...
     @property
@@ -255,8 +259,9 @@ class Workload:
             coder.decode_flops(rows, width, spare)
             for rows, spare in zip(self._extents(coder.halo), self._spare(coder.halo), strict=True)
         )
+        grain = 0 if self._grain is None else self._grain.flops(self.grid.canvas_height, width)
         return {phase: count * each[phase] for phase, count in self.calls().items() if phase in each} | {
-            **self._strip_phases(sum(coder.encode_flops(rows, width) for rows in encoding), decoding),
+            **self._strip_phases(sum(coder.encode_flops(rows, width) for rows in encoding), decoding, grain),
         }
 
     def moved(self) -> dict[str, int]:
@@ -284,11 +289,12 @@ class Workload:
         encoded = sum(coder.moved_values(rows, width, encode=True) for rows in encoding) + weights
         decoded = sum(coder.moved_values(rows, width) for rows in self._extents(coder.halo)) + weights
         text = sizes.text
+        grained = 0 if self._grain is None else self._grain.moved_values(self.grid.canvas_height, width)
         per_weight = item if quantized is None else quantized
         texts = (text.parameters - text.blocks) * item + int(text.blocks * per_weight)
         return {phase: count * each[phase] for phase, count in self.calls().items() if phase in each} | {
             "text": texts,
-            **self._strip_phases(encoded * item, decoded * item),
+            **self._strip_phases(encoded * item, decoded * item, grained * item),
         }
 
     def tile_step(self) -> dict[str, int]:
@@ -309,7 +315,8 @@ class Workload:
         """
         coder = self.sizes.autoencoder
         strip_rows = min(self.limits.strip_rows + 2 * coder.halo, self.grid.canvas_height)
-        consistent = CONSISTENT_STRIPS if self.settings.consistency != 0 else 0
+        more = CONSISTENT_STRIPS if self.settings.consistency != 0 else 0
+        more += GRAINED_STRIPS if self._grain is not None else 0
         phases = self.phases()
         text, restore, decode = (phases[name] for name in ("text", "restore", "decode"))
         parts = {
@@ -320,7 +327,7 @@ class Workload:
             "activations": restore.working,
             # A band of the canvas: float64 sums, and float32 source, velocity and result.
             "rows": coder.channels * self.grid.tile_height * self.grid.canvas_width // STRIDE**2 * (8 + 3 * 4),
-            "strips": (STRIPS_AT_ONCE + consistent) * strip_rows * width * 3 * 4,
+            "strips": (STRIPS_AT_ONCE + more) * strip_rows * width * 3 * 4,
             "decoding": decode.working,
         }
         if self.machine.device == "cpu":
@@ -362,19 +369,24 @@ class Workload:
             self.sizes, MemoryMode(self.settings.quantize, self.settings.offload), self.machine.itemsize, work
         )
 
-    def _strip_phases(self, encoding: int, decoding: int) -> dict[str, int]:
-        """The phases that go strip by strip, from what encoding and decoding all strips once comes to."""
+    @property
+    def _grain(self) -> GrainSizes | None:
+        return self.sizes.grain if self.settings.grain else None
+
+    def _strip_phases(self, encoding: int, decoding: int, grain: int = 0) -> dict[str, int]:
+        """The phases that go strip by strip, from what encoding and decoding all strips once comes to, and what grain
+        on the result does."""
         strips = -(-self.grid.canvas_height // self.limits.strip_rows)
         # AdaIN reads the result twice: for its sums, and to be fixed.
         passes = 2 if self.settings.color_fix == "adain" and strips > STRIPS_KEPT else 1
         if not self.settings.enlarger:
-            return {"encode": encoding, "decode": decoding * passes}
+            return {"encode": encoding, "decode": (decoding + grain) * passes}
         # The same network as decoding's; at x4 also the same size.
         if not self.steps:
-            return {"enlarge": decoding * passes, "encode": 0, "decode": 0}
+            return {"enlarge": (decoding + grain) * passes, "encode": 0, "decode": 0}
         # Enlarged again for a result that keeps to the enlarger's photo (`PhotoJob.keeps_to_enlarger`).
         again = passes if self.settings.looks == "compressed" and self.settings.consistency != 0 else 0
-        return {"enlarge": decoding * (1 + again), "encode": encoding, "decode": decoding * passes}
+        return {"enlarge": decoding * (1 + again), "encode": encoding, "decode": (decoding + grain) * passes}
 
     def _extents(self, halo: int) -> list[int]:
         """Rows of each strip with its halo."""

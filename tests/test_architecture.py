@@ -67,6 +67,7 @@ LAYERS = (
         "tile_likeness",
         "canvas",
         "consistency",
+        "grained",
         "sampler",
         "tile_work",
         "texts_ahead",

@@ -18,10 +18,10 @@ from dreamsr_cli import flow
 from dreamsr_cli.cli.app import run as dreamsr
 from dreamsr_cli.losses import velocity_loss
 from dreamsr_cli.models.bundle import open_bundle
+from dreamsr_cli.training.both_stages import encode_texts, texture_velocity
 from dreamsr_cli.training.networks import Networks, build, build_on
 from dreamsr_cli.training.recipe import load_recipe
 from dreamsr_cli.training.stages import STAGES
-from dreamsr_cli.training.steps import encode_texts, texture_velocity
 
 pytestmark = pytest.mark.slow
 

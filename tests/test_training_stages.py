@@ -16,12 +16,13 @@ from dreamsr_cli.errors import ConfigError, JournalError, TrainingError, UsageEr
 from dreamsr_cli.folder_lock import FolderLock
 from dreamsr_cli.models.bundle import open_bundle
 from dreamsr_cli.progress import SilentProgress
+from dreamsr_cli.training.both_stages import encode_texts, remove
 from dreamsr_cli.training.networks import MODULES, Networks, build_on
 from dreamsr_cli.training.plan import training_plan
 from dreamsr_cli.training.recipe import CropPlan, Recipe, for_ablation
 from dreamsr_cli.training.stages import CONTROL, STAGES, kind_of_step
 from dreamsr_cli.training.step_data import Crops
-from dreamsr_cli.training.steps import encode_texts, remove, run_step
+from dreamsr_cli.training.steps import run_step
 from dreamsr_cli.training.trainer import TrainJob, train
 
 PAPERS = ("controlnet", "restoration", "joint")

@@ -13,6 +13,7 @@ from dreamsr_cli import flow
 from dreamsr_cli.config import SamplingConfig
 from dreamsr_cli.errors import OutputError, TrainingError
 from dreamsr_cli.training import checkpoints
+from dreamsr_cli.training.both_stages import draw_texture, encode_texts, remove, texture_velocity
 from dreamsr_cli.training.networks import MODULES, Networks, build
 from dreamsr_cli.training.recipe import CropPlan
 from dreamsr_cli.training.stages import STAGES
@@ -20,13 +21,9 @@ from dreamsr_cli.training.step_crops import blank_some, plan_of_step
 from dreamsr_cli.training.step_data import Crops
 from dreamsr_cli.training.steps import (
     draw_renoised,
-    draw_texture,
-    encode_texts,
     reconstruction_step,
-    remove,
     restoration_step,
     run_step,
-    texture_velocity,
 )
 from dreamsr_cli.training.watch import SETTLED, LossWatch
 

@@ -24,7 +24,9 @@ EPILOG = (
 def command(
     stage: Annotated[
         str | None,
-        typer.Option("--stage", help="autoencoder, backbone, controlnet, restoration, joint, cleanliness or enlarger."),
+        typer.Option(
+            "--stage", help="autoencoder, backbone, controlnet, restoration, joint, cleanliness, enlarger or grain."
+        ),
     ] = None,
     config: Annotated[
         str | None, typer.Option("--config", help="Recipe: mini, flux, or a TOML file. Default: the run's, or mini.")

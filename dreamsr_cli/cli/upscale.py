@@ -86,6 +86,13 @@ def command(
             rich_help_panel=_METHOD,
         ),
     ] = None,
+    grain: Annotated[
+        float | None,
+        typer.Option(
+            help="Finest texture, from the seed: 0 (none) to 2 (default 1; 0 with --strength 0).",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     removal: Annotated[
         bool | None,
         typer.Option("--removal/--no-removal", help="Stage 1, remove degradations.", rich_help_panel=_METHOD),

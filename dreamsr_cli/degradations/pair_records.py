@@ -18,7 +18,7 @@ import pyvips
 import torch
 
 from dreamsr_cli import __version__, draws
-from dreamsr_cli.config import GRAIN
+from dreamsr_cli.config import TOKEN_SIDE
 from dreamsr_cli.degradations.erasure_params import ErasureParams
 from dreamsr_cli.degradations.pixel import PixelParams
 from dreamsr_cli.degradations.presets import PRESETS
@@ -96,7 +96,7 @@ class PairSettings:
     @property
     def grain(self) -> int:
         """Sides of good crops are multiples of this: the scale, or what the networks need."""
-        return GRAIN if self.kind == "texture" else self.scale
+        return TOKEN_SIDE if self.kind == "texture" else self.scale
 
 
 @dataclass(frozen=True)

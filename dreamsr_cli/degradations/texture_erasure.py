@@ -19,7 +19,7 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from torch import Tensor
 
 from dreamsr_cli import resample
-from dreamsr_cli.config import GRAIN
+from dreamsr_cli.config import TOKEN_SIDE
 from dreamsr_cli.degradations.erasure_denoising import Job, by_euler, by_mean, units
 from dreamsr_cli.degradations.erasure_params import ERASE_TEXT, ErasureParams, draw_erasure, erasure_text
 from dreamsr_cli.device import dtype_name
@@ -181,7 +181,7 @@ class Eraser:
     def _latent(self, autoencoder: Autoencoder, rgb_BCPQ: Tensor) -> Tensor:
         """(C, H, W) on the CPU of one picture in [0, 1], padded to multiples of 16."""
         rows, cols = rgb_BCPQ.shape[-2:]
-        wide_BCPQ = F.pad(rgb_BCPQ, (0, -cols % GRAIN, 0, -rows % GRAIN), mode="reflect")
+        wide_BCPQ = F.pad(rgb_BCPQ, (0, -cols % TOKEN_SIDE, 0, -rows % TOKEN_SIDE), mode="reflect")
         return autoencoder.encode(wide_BCPQ.to(self.device) * 2 - 1)[0].float().cpu()
 
     def _denoise(self, jobs: list[Job], mask_pads: bool, progress: Progress) -> list[Tensor]:
@@ -245,7 +245,7 @@ def _check(hq_BCPQ: Tensor, params: Sequence[ErasureParams], prompts: Sequence[s
     shape = tuple(hq_BCPQ.shape)
     if len(shape) != 4 or shape[0] < 1 or shape[1] != 3 or not hq_BCPQ.is_floating_point():
         raise ValueError(f"expected (B, 3, P, Q) floating point, got {shape} {hq_BCPQ.dtype}")
-    if min(shape[2:]) < GRAIN:
-        raise ValueError(f"crops of {shape[3]}x{shape[2]}: sides must be at least {GRAIN}")
+    if min(shape[2:]) < TOKEN_SIDE:
+        raise ValueError(f"crops of {shape[3]}x{shape[2]}: sides must be at least {TOKEN_SIDE}")
     if not len(params) == len(prompts) == shape[0]:
         raise ValueError(f"{shape[0]} crops, {len(params)} parameters and {len(prompts)} prompts")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dreamsr_cli.config import GRAIN
+from dreamsr_cli.config import TOKEN_SIDE
 from dreamsr_cli.tiling import Tile, TileGrid
 
 DISTANCE = 32
@@ -57,7 +57,7 @@ def find_lines(starts: set[int], tile: int, length: int) -> Lines:
     for border in borders:
         np.minimum(distance, np.abs(inside - border), out=distance)
     far = inside[distance >= DISTANCE]
-    return Lines(borders, far[far % GRAIN == 0], far[far % GRAIN != 0])
+    return Lines(borders, far[far % TOKEN_SIDE == 0], far[far % TOKEN_SIDE != 0])
 
 
 class SecondDifferences:

@@ -31,6 +31,7 @@ from dreamsr_cli.models.conditioned_dit import ConditionedDiT
 from dreamsr_cli.models.context_attention import ContextAttention
 from dreamsr_cli.models.enlarger import Enlarger, fingerprint
 from dreamsr_cli.models.flux_control import FluxControl
+from dreamsr_cli.models.grain import Grain
 from dreamsr_cli.models.mm_controlnet import MMControlNet
 from dreamsr_cli.models.part_loading import class_name, load_part, load_text_part
 from dreamsr_cli.models.quantization import PLAIN, MemoryMode
@@ -43,7 +44,18 @@ from dreamsr_cli.weights_lock import lock_entry
 
 CONFIG_FILE = "bundle.json"
 BUILT_IN = ("mini", "flux", "flux-upscaler")
-PARTS = ("transformer", "vae", "text_encoder", "controlnet", "context_attention", "lora", "cleanliness", "enlarger")
+GRAIN = "grain"
+PARTS = (
+    "transformer",
+    "vae",
+    "text_encoder",
+    "controlnet",
+    "context_attention",
+    "lora",
+    "cleanliness",
+    "enlarger",
+    GRAIN,
+)
 
 
 class Bundle:
@@ -141,6 +153,12 @@ class Bundle:
         if "cleanliness" not in self.config.parts:
             return None
         return load_part(Cleanliness, self.part_folder("cleanliness"), torch.float32)
+
+    def open_grain(self) -> Grain | None:
+        """What says how strong grain is to be, on the CPU in float32 and evaluation mode; None where there is none."""
+        if GRAIN not in self.config.parts:
+            return None
+        return load_part(Grain, self.part_folder(GRAIN), torch.float32)
 
     def open_enlarger(self) -> Enlarger | None:
         """What makes a refiner enlarge undamaged photos, on the CPU in float32 and evaluation mode; None where there is

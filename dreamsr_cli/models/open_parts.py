@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from dreamsr_cli.models.autoencoder import Autoencoder, Refiner
-from dreamsr_cli.models.bundle import Bundle
+from dreamsr_cli.models.bundle import GRAIN, Bundle
+from dreamsr_cli.models.grain import Grain
 from dreamsr_cli.models.quantization import PLAIN, MemoryMode
 from dreamsr_cli.models.restorer import Restorer
 from dreamsr_cli.models.text_encoder import TextEncoder
@@ -53,6 +54,15 @@ class OpenParts:
             return network.to(self.dtype, memory_format=torch.channels_last)
 
         return self._get(f"{ENLARGER} {looks}", open_part)
+
+    def grain(self) -> Grain:
+        """See `Bundle.open_grain`; the bundle has the part."""
+
+        def open_part() -> Grain:
+            network: Any = self.bundle.open_grain()
+            return network.to(self.device).to(self.dtype, memory_format=torch.channels_last)
+
+        return self._get(GRAIN, open_part)
 
     def restorer(self, mask_pads: bool) -> Restorer:
         """See `Bundle.open_restorer`; not placed yet where it was just loaded. One that had to be offloaded block by

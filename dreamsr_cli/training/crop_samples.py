@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dreamsr_cli import draws
-from dreamsr_cli.config import GRAIN, Looks
+from dreamsr_cli.config import TOKEN_SIDE, Looks
 from dreamsr_cli.degradations import pixel
 from dreamsr_cli.degradations.presets import PRESETS, looks_after
 from dreamsr_cli.errors import ConfigError, InputError, TrainingError
@@ -77,8 +77,8 @@ class CropSettings:
                 raise ConfigError(f"unknown preset {preset!r}", f"choose one of: {', '.join(PRESETS)}")
         if any(share < 0 for _, share in self.mix) or sum(share for _, share in self.mix) > 1 + 1e-9:
             raise ConfigError(f"shares of mix {dict(self.mix)} exceed 1", "the rest is left to preset")
-        if self.crop < GRAIN or self.crop % GRAIN or self.crop % self.scale:
-            raise ConfigError(f"crop {self.crop} is not a multiple of {GRAIN} and of the scale", "try crop = 256")
+        if self.crop < TOKEN_SIDE or self.crop % TOKEN_SIDE or self.crop % self.scale:
+            raise ConfigError(f"crop {self.crop} is not a multiple of {TOKEN_SIDE} and of the scale", "try crop = 256")
         for name in ("dead_leaves", "p_full", "detail_words"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} = {getattr(self, name)} is not a share", "give a number from 0 to 1")
@@ -88,11 +88,13 @@ class CropSettings:
         if self.candidates < 1:
             raise ConfigError(f"candidates = {self.candidates}", "give 1 or more")
         if self.full_crop is not None and (
-            self.full_crop % GRAIN or self.full_crop % self.scale or not GRAIN <= self.full_crop <= self.full_side
+            self.full_crop % TOKEN_SIDE
+            or self.full_crop % self.scale
+            or not TOKEN_SIDE <= self.full_crop <= self.full_side
         ):
             raise ConfigError(
-                f"full_crop {self.full_crop} is not a multiple of {GRAIN} up to full_side {self.full_side}",
-                f"try full_crop = {self.full_side // GRAIN * GRAIN}",
+                f"full_crop {self.full_crop} is not a multiple of {TOKEN_SIDE} up to full_side {self.full_side}",
+                f"try full_crop = {self.full_side // TOKEN_SIDE * TOKEN_SIDE}",
             )
         if self.turns not in TURNS:
             raise ConfigError(f"turns = {self.turns}", "give 8 (all), 2 (mirroring) or 1 (none)")

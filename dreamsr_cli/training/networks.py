@@ -19,6 +19,7 @@ from dreamsr_cli.models.cleanliness import Cleanliness
 from dreamsr_cli.models.conditioned_dit import ConditionedDiT
 from dreamsr_cli.models.context_attention import ContextAttention, wake_projections
 from dreamsr_cli.models.enlarger import Enlarger, fingerprint
+from dreamsr_cli.models.grain import Grain
 from dreamsr_cli.models.mm_controlnet import MMControlNet
 from dreamsr_cli.models.restoration_lora import RestorationLoRA
 from dreamsr_cli.models.text_encoder import ByteTextEncoder, TextEncoder
@@ -26,9 +27,18 @@ from dreamsr_cli.training.distributed import whole
 from dreamsr_cli.training.latent_cache import LatentCache
 from dreamsr_cli.training.lazy_encoder import LazyTextEncoder
 from dreamsr_cli.training.recipe import Recipe
-from dreamsr_cli.training.stages import CONTROL, ENLARGER, JUDGE, Stage
+from dreamsr_cli.training.stages import CONTROL, ENLARGER, GRAIN, JUDGE, Stage
 
-MODULES = ("transformer", "controlnet", "context_attention", "text_encoder", "refiner", "cleanliness", "enlarger")
+MODULES = (
+    "transformer",
+    "controlnet",
+    "context_attention",
+    "text_encoder",
+    "refiner",
+    "cleanliness",
+    "enlarger",
+    "grain",
+)
 """Names that a stage's `trains` may use, beside "lora"."""
 TRAINING_GUIDANCE = 1.0
 """FLUX's guidance embedding in training (method.md)."""
@@ -50,7 +60,8 @@ class Networks:
     config: BundleConfig
     cleanliness: Cleanliness | None = None
     enlarger: Enlarger | None = None
-    """These two: None where neither the bundle nor the stage has it."""
+    grain: Grain | None = None
+    """These three: None where neither the bundle nor the stage has it, or needs it."""
     latent_cache: LatentCache | None = None
     """Keeps the latents of crops that come back."""
     device: torch.device = torch.device("cpu")
@@ -98,6 +109,7 @@ class Networks:
             "autoencoder": self.autoencoder,
             "cleanliness": self.cleanliness,
             "enlarger": self.enlarger,
+            "grain": self.grain,
         }
         for name, module in others.items():
             if isinstance(module, nn.Module) and any(p.requires_grad for p in module.parameters()):
@@ -176,7 +188,7 @@ class Networks:
 
     def _pixel_modules(self) -> list[nn.Module]:
         autoencoder = self.autoencoder
-        found = [autoencoder, getattr(autoencoder, "vae", None), self.cleanliness, self.enlarger]
+        found = [autoencoder, getattr(autoencoder, "vae", None), self.cleanliness, self.enlarger, self.grain]
         return [module for module in found if isinstance(module, nn.Module)]
 
 
@@ -272,13 +284,13 @@ def build_on(
 ) -> Networks:
     """The paper's stages: the transformer, autoencoder and text encoder of `base`, frozen.
 
-    ControlNet, cross-attention and LoRA are those of `start` (`--init-from`), else of `base`; judge and enlarger take
-    nothing else from `start`. Where neither has one, and with `recipe.fresh` where the stage trains it, it begins as
-    the paper's does: the ControlNet as a trimmed copy of the transformer, injections and LoRA without effect. All
+    ControlNet, cross-attention and LoRA are those of `start` (`--init-from`), else of `base`; judge, enlarger and grain
+    take nothing else from `start`. Where neither has one, and with `recipe.fresh` where the stage trains it, it begins
+    as the paper's does: the ControlNet as a trimmed copy of the transformer, injections and LoRA without effect. All
     are on the CPU; `target` is where text will be encoded. Raises `ConfigError` for a control map that doesn't fit.
     """
     torch.manual_seed(recipe.seed)
-    device, source = torch.device("cpu"), base if stage.looks_alone else start or base
+    device, source = torch.device("cpu"), base if stage.stands_alone else start or base
     transformer = base.open_part("transformer", FluxTransformer2DModel, dtype)
     autoencoder = base.open_autoencoder(device, dtype)
     # FLUX's encoders are larger than what trains: they are opened only for prompts that are new.
@@ -322,7 +334,7 @@ def build_on(
     if recipe.ablation == "no-lora":
         sampling = replace(sampling, t_start=1.0, steps=20)
     config = replace(base.config, name=recipe.name, control=control, sampling=sampling)
-    cleanliness = enlarger = None
+    cleanliness = enlarger = grain = None
     if JUDGE[0] in stage.trains:
         cleanliness = (None if recipe.fresh else (start or base).open_cleanliness()) or Cleanliness()
     if ENLARGER[0] in stage.trains:
@@ -330,8 +342,12 @@ def build_on(
             raise UsageError("FLUX's autoencoder has no refiner that could become an enlarger", "use --model mini")
         known = None if recipe.fresh else _known_enlarger(start or base, autoencoder.refiner)
         enlarger = known or Enlarger.of(autoencoder.refiner, recipe.sizes.enlarger_rank)
+    if GRAIN[0] in stage.trains:
+        grain = (None if recipe.fresh else (start or base).open_grain()) or Grain()
+        # Undamaged crops get grain as undamaged photos do: on what the enlarger made of them.
+        enlarger = base.open_enlarger()
     networks = Networks(
-        transformer, controlnet, context, text_encoder, autoencoder, lora, dit, config, cleanliness, enlarger
+        transformer, controlnet, context, text_encoder, autoencoder, lora, dit, config, cleanliness, enlarger, grain
     )
     networks.to(device, dtype)
     return networks

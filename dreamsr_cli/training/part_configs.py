@@ -23,6 +23,7 @@ from dreamsr_cli.models.context_attention import ContextAttention
 from dreamsr_cli.models.discriminator import Discriminator
 from dreamsr_cli.models.enlarger import Enlarger
 from dreamsr_cli.models.feature_discriminator import FeatureDiscriminator
+from dreamsr_cli.models.grain import Grain
 from dreamsr_cli.models.mm_controlnet import MMControlNet
 from dreamsr_cli.models.perceptual import BACKBONES, Lpips
 from dreamsr_cli.models.restoration_lora import RestorationLoRA
@@ -84,6 +85,8 @@ class PartConfigs:
     """Whether there is a judge of photos."""
     enlarger: Mapping[str, Any] | None = None
     """Of `Enlarger`; None where there is none."""
+    grain: Mapping[str, Any] | None = None
+    """Of `Grain`; None where there is none."""
 
 
 def configs_for(recipe: Recipe, stage: Stage, model: str | None = None) -> PartConfigs:
@@ -111,6 +114,7 @@ def configs_for(recipe: Recipe, stage: Stage, model: str | None = None) -> PartC
         text_tokens=bundle.config.defaults.max_text_tokens,
         cleanliness=stage.judges or "cleanliness" in bundle.config.parts,
         enlarger=_enlarger_config(recipe, stage, bundle),
+        grain=_grain_config(recipe, stage, bundle),
     )
 
 
@@ -166,7 +170,8 @@ class MetaNetworks:
     perceptual: nn.Module | None
     cleanliness: Cleanliness | None = None
     enlarger: Enlarger | None = None
-    """These two: None where neither the bundle nor the stage has it."""
+    grain: Grain | None = None
+    """These three: None where neither the bundle nor the stage has it."""
 
     def parameters(self) -> dict[str, int]:
         """Parameters by part."""
@@ -183,6 +188,7 @@ class MetaNetworks:
             "perceptual": _count(self.perceptual),
             "cleanliness": _count(self.cleanliness),
             "enlarger": _count(self.enlarger),
+            "grain": _count(self.grain),
         }
         return {name: number for name, number in made.items() if number}
 
@@ -212,6 +218,7 @@ def build_meta(
         text = None if configs.text_encoder is None else ByteTextEncoder(**configs.text_encoder)
         judge = Cleanliness() if configs.cleanliness else None
         enlarger = None if configs.enlarger is None else Enlarger(**_known(Enlarger, configs.enlarger))
+        grain = None if configs.grain is None else Grain(**_known(Grain, configs.grain))
         distance = None if perceptual == "none" else BACKBONES[perceptual].build().requires_grad_(False)
         if distance is not None and gan_sees == "features":
             discriminator = FeatureDiscriminator(Lpips(BACKBONES[perceptual], distance, []))
@@ -235,6 +242,7 @@ def build_meta(
         distance,
         judge,
         enlarger,
+        grain,
     )
 
 
@@ -261,6 +269,12 @@ def _enlarger_config(recipe: Recipe, stage: Stage, bundle: Bundle) -> Mapping[st
     if not stage.enlarges or "refiner_width" not in vae:
         return None
     return {"width": vae["refiner_width"], "blocks": vae["refiner_blocks"], "rank": recipe.sizes.enlarger_rank}
+
+
+def _grain_config(recipe: Recipe, stage: Stage, bundle: Bundle) -> Mapping[str, Any] | None:
+    if "grain" in bundle.config.parts and not (stage.grains and recipe.fresh):
+        return _read(bundle, "grain")
+    return {} if stage.grains else None
 
 
 def _lora_rank(recipe: Recipe, stage: Stage, bundle: Bundle) -> int:

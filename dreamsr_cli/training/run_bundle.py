@@ -86,6 +86,8 @@ def export(
         modules["cleanliness"] = networks.cleanliness
     if networks.enlarger is not None:
         modules["enlarger"] = networks.enlarger
+    if networks.grain is not None:
+        modules["grain"] = networks.grain
     modules = {name: module for name, module in modules.items() if name not in elsewhere}
     lora = None if "lora" in elsewhere else networks.lora
     sources: dict[str, nn.Module] = dict(modules) if lora is None else {**modules, "lora": networks.transformer}
@@ -125,7 +127,7 @@ def _let_others_read(folder: Path) -> None:
 def untouched(networks: Networks, base: Bundle, start: Bundle | None, stage: Stage) -> tuple[str, ...]:
     """Parts of `base` that a run left as they are, and may refer to."""
     touched = set(stage.trains)
-    if start is not None and start.folder != base.folder and not stage.looks_alone:
+    if start is not None and start.folder != base.folder and not stage.stands_alone:
         touched |= {*CONTROL, "lora"}
     # A part that the run leaves out on purpose (an ablation) is not referred to either.
     if networks.context_attention is None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from dreamsr_cli import flow
 from dreamsr_cli.draws import generator
+from dreamsr_cli.training.both_stages import encode_texts, remove, textured
 from dreamsr_cli.training.crops import batches
+from dreamsr_cli.training.grain_steps import grain_on
 from dreamsr_cli.training.looks_steps import enlarged
 from dreamsr_cli.training.networks import Networks
 from dreamsr_cli.training.recipe import Recipe
@@ -17,7 +18,6 @@ from dreamsr_cli.training.samples import Row
 from dreamsr_cli.training.sources import Source
 from dreamsr_cli.training.stages import Stage
 from dreamsr_cli.training.step_crops import crop_settings, on_device
-from dreamsr_cli.training.steps import encode_texts, remove, texture_velocity
 
 SHOWN = 4
 """Crops on a sheet."""
@@ -43,16 +43,12 @@ def sample_rows(networks: Networks, recipe: Recipe, source: Source, stage: Stage
         if networks.lora is not None:
             z = remove(networks, z, local, glob, sampling)
             shown["removed"] = autoencoder.decode(z, restored=True) / 2 + 0.5
-        condition = z
         noise = [generator(recipe.seed, "sample-noise", b).standard_normal(z.shape[1:]) for b in range(len(z))]
         eps = torch.stack([torch.from_numpy(n).float() for n in noise]).to(z)
-
-        def velocity(z_t: torch.Tensor, t: float) -> torch.Tensor:
-            return texture_velocity(
-                networks, z_t, z_t.new_full((len(z_t),), t), condition, local, glob, sampling.prediction
-            )
-
-        z = flow.euler(flow.mix(z, eps, sampling.t_start), velocity, flow.timesteps(sampling.t_start, sampling.steps))
-        shown["textured"] = autoencoder.decode(z) / 2 + 0.5
+        made = autoencoder.decode(textured(networks, z, eps, local, glob, sampling))
+        shown["textured"] = made / 2 + 0.5
+        if networks.grain is not None:
+            grain = grain_on(networks, recipe, crops, made.float().clamp(-1, 1))
+            shown["grained"] = shown["textured"] + grain / 2
     names = [f"crop {b + 1}: {text}" for b, text in enumerate(crops.local_texts)]
     return [(name, {label: x[b] for label, x in shown.items()}) for b, name in enumerate(names)]

@@ -6,14 +6,12 @@ Axes: B batch, C channels, H W latent, P Q pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dreamsr_cli import flow
-from dreamsr_cli.config import SamplingConfig
 from dreamsr_cli.draws import generator
 from dreamsr_cli.errors import TrainingError
 from dreamsr_cli.losses import (
@@ -23,82 +21,21 @@ from dreamsr_cli.losses import (
     removal_loss,
     velocity_loss,
 )
-from dreamsr_cli.models.conditioned_dit import Injections
 from dreamsr_cli.models.perceptual import Perceptual, on_window
-from dreamsr_cli.models.text_encoder import ByteTextEncoder, TextEmbedding, stack
+from dreamsr_cli.models.text_encoder import TextEmbedding
+from dreamsr_cli.training.both_stages import draw_texture, encoded, remove, texts_of, texture_velocity
+from dreamsr_cli.training.grain_steps import grain_step
 from dreamsr_cli.training.looks_steps import enlarge_step, judge_step
 from dreamsr_cli.training.networks import Networks
 from dreamsr_cli.training.recipe import PAPERS_GAN, Recipe
 from dreamsr_cli.training.stages import CONTROL
 from dreamsr_cli.training.step_data import Crops, Outcome
 
-TEXT_BUCKET = 24
-"""Prompts of a batch are padded to a multiple of this many tokens: compiled blocks then meet few shapes."""
 PIXEL_T = 0.2
 """Largest t of a texture step for which eq. 6 counts (paper, section 3.3)."""
 
 Critic = Callable[[Tensor], Tensor]
 """Pictures (B, 3, P, Q) -> the discriminator's logits, gradients to the pictures only."""
-
-
-def encode_texts(networks: Networks, texts: list[str]) -> TextEmbedding:
-    """Embeddings of a batch of prompts, with gradients into the text encoder where it is trained."""
-    encoder = networks.text_encoder
-    if isinstance(encoder, ByteTextEncoder):
-        ids, mask, _ = encoder.tokenize(texts, encoder.max_tokens, TEXT_BUCKET)
-        return encoder(ids.to(networks.device), mask.to(networks.device))
-    found, _ = encoder.encode(texts, networks.config.defaults.max_text_tokens)
-    return stack(found).to(networks.device, networks.transformer.dtype)
-
-
-def _control(networks: Networks, condition: Tensor, t_B: Tensor, local: TextEmbedding) -> Injections:
-    """Control features of whole crops, told t as `control.timestep` says."""
-    control = networks.config.control
-    seen = torch.zeros_like(t_B) if control.timestep == "clean" else t_B
-    mask_pads = not networks.text_encoder.pads_are_seen
-    features = networks.controlnet(condition, seen, local, mask_pads=mask_pads, guidance=networks.guidance)
-    return networks.dit.prepare(features, control.scale)
-
-
-def remove(
-    networks: Networks, z_lq: Tensor, local: TextEmbedding, glob: TextEmbedding, sampling: SamplingConfig
-) -> Tensor:
-    """Stage 1 on whole crops: z_dr = z_lq - t_r * v, LoRA on (where there is one)."""
-    t_r = sampling.t_r
-    times = z_lq.new_full((len(z_lq),), t_r)
-    ready = _control(networks, z_lq, times, local)
-    with nullcontext() if networks.lora is None else networks.lora.on():
-        made = networks.dit(z_lq, times, glob, ready, networks.guidance)
-    return z_lq - (t_r * made if sampling.prediction == "velocity" else made)
-
-
-def texture_velocity(
-    networks: Networks,
-    z_t: Tensor,
-    t_B: Tensor,
-    condition: Tensor,
-    local: TextEmbedding,
-    glob: TextEmbedding,
-    kind: str,
-) -> Tensor:
-    """Stage 2 on whole crops, LoRA off: the velocity at `t_B`, whatever the transformer predicts (`kind`)."""
-    made = networks.dit(z_t, t_B, glob, _control(networks, condition, t_B, local), networks.guidance)
-    if kind == "velocity":
-        return made
-    return flow.velocity_of_correction(z_t, condition, made, t_B[:, None, None, None])
-
-
-def draw_texture(
-    seed: int, step: int, shape: torch.Size, t_range: tuple[float, float], first: int = 0
-) -> tuple[Tensor, Tensor]:
-    """(t_B, eps_BCHW) of a texture step; those of sample b depend on (seed, step, first + b) alone."""
-    t, eps = np.empty(shape[0], np.float32), np.empty(shape, np.float32)
-    low, high = t_range
-    for b in range(shape[0]):
-        rng = generator(seed, "texture-step", step, first + b)
-        t[b] = low + (high - low) * rng.random()
-        rng.standard_normal(dtype=np.float32, out=eps[b])
-    return torch.from_numpy(t), torch.from_numpy(eps)
 
 
 def draw_renoised(recipe: Recipe, step: int, batch: int, first: int = 0) -> Tensor:
@@ -133,6 +70,8 @@ def run_step(
             return judge_step(networks, crops)
         case "enlarge":
             return enlarge_step(networks, recipe, crops)
+        case "grain":
+            return grain_step(networks, recipe, perceptual, crops)
     raise ValueError(f"no step of kind {kind!r}")
 
 
@@ -140,8 +79,8 @@ def removal_step(
     networks: Networks, recipe: Recipe, perceptual: Perceptual | None, critic: Critic | None, crops: Crops
 ) -> Outcome:
     """A removal step of the paper's stages (eq. 7): transformer and ControlNet both get z_lq; only the LoRA learns."""
-    target, z_0, z_lq = _encoded(networks, crops)
-    local, glob = _texts(networks, crops)
+    target, z_0, z_lq = encoded(networks, crops)
+    local, glob = texts_of(networks, crops)
     # The cross-attention lies in the transformer's walk, so it is not enough to run the ControlNet without gradient.
     with networks.held(CONTROL):
         z_dr = remove(networks, z_lq, local, glob, networks.config.sampling)
@@ -150,8 +89,8 @@ def removal_step(
 
 def texture_step(networks: Networks, recipe: Recipe, perceptual: Perceptual | None, crops: Crops) -> Outcome:
     """A texture step of the paper's stages (eq. 5 and 6), LoRA off: only the MM-ControlNet learns."""
-    target, z_0, z_lq = _encoded(networks, crops)
-    local, glob = _texts(networks, crops)
+    target, z_0, z_lq = encoded(networks, crops)
+    local, glob = texts_of(networks, crops)
     condition = _condition(networks, recipe, crops, z_lq, local, glob)
     return _texture(networks, recipe, perceptual, None, crops, z_0, target, condition, local, glob)._replace(
         fake=None, real=None
@@ -167,8 +106,8 @@ def restoration_step(
     Sharing the crops gives the texture part exactly the condition it meets at inference, at no extra forward pass.
     Steps between those of `texture_every` have the removal part alone.
     """
-    target, z_0, z_lq = _encoded(networks, crops)
-    local, glob = _texts(networks, crops)
+    target, z_0, z_lq = encoded(networks, crops)
+    local, glob = texts_of(networks, crops)
     z_dr = remove(networks, z_lq, local, glob, networks.config.sampling)
     # Where the texture part ends in pictures as inference makes them, these are what has to look like photos.
     first, second = (None, critic) if recipe.renoised_share else (critic, None)
@@ -179,18 +118,6 @@ def restoration_step(
     texture = _texture(networks, recipe, perceptual, second, crops, z_0, target, z_dr.detach(), local, glob)
     judged = texture if recipe.renoised_share else removal
     return Outcome(removal.loss + texture.loss, removal.terms | texture.terms, judged.fake, judged.real)
-
-
-def _encoded(networks: Networks, crops: Crops) -> tuple[Tensor, Tensor, Tensor]:
-    """(good crops on [-1, 1], z_0, z_lq), without gradient."""
-    target = crops.hq * 2 - 1
-    return target, networks.encode(target), networks.encode(crops.lq_up * 2 - 1)
-
-
-def _texts(networks: Networks, crops: Crops) -> tuple[TextEmbedding, TextEmbedding]:
-    """(local, global); both global where there is no text branch (the ablation)."""
-    glob = encode_texts(networks, crops.global_texts)
-    return (encode_texts(networks, crops.local_texts) if networks.config.control.text else glob), glob
 
 
 def _condition(

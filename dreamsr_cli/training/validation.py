@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -11,19 +10,22 @@ import torch.nn.functional as F
 from dreamsr_cli import flow
 from dreamsr_cli.config import LOOKS
 from dreamsr_cli.models.perceptual import Perceptual
+from dreamsr_cli.training.both_stages import draw_texture, encode_texts, remove, texture_velocity, textured
 from dreamsr_cli.training.crops import batches
+from dreamsr_cli.training.grain_steps import grain_figures
 from dreamsr_cli.training.looks_steps import enlarged, judged
 from dreamsr_cli.training.networks import Networks
 from dreamsr_cli.training.recipe import Recipe
 from dreamsr_cli.training.sources import Source
 from dreamsr_cli.training.stages import Stage
 from dreamsr_cli.training.step_crops import crop_settings, on_device
-from dreamsr_cli.training.steps import draw_texture, encode_texts, remove, texture_velocity
 
 CROPS = 16
 """Held-out crops of the first plan's size."""
 JUDGED = 96
 """Held-out crops for a judge, which needs many and takes little time for each."""
+GRAINED = 48
+"""Held-out crops for grain, whose figures differ little."""
 BATCH = 8
 """Crops at once, at most."""
 TEXTURE_T = (0.2, 0.8)
@@ -37,7 +39,7 @@ def validate(
     """Mean PSNR in dB (RGB, peak 1) and perceptual distance of the enlarged input ("cubic") and of stage 1
     ("removed") and of both stages ("textured"), and the mean squared error of the predicted clean latent at fixed
     times; for stage autoencoder the round trip's PSNR, for stage cleanliness how often and how surely it is right, for
-    stage enlarger the PSNR of the cubic and of the enlarger.
+    stage enlarger the PSNR of the cubic and of the enlarger, for stage grain what `grain_figures` says.
     Called under the run's mixed precision."""
     plan = recipe.data.crops[0]
     settings, sampling = crop_settings(recipe, 0, held_out=True), networks.config.sampling
@@ -45,6 +47,8 @@ def validate(
         return _judged(networks, recipe, source)
     if stage.enlarges:
         return _enlarged(networks, recipe, source)
+    if stage.grains:
+        return _grained(networks, recipe, source, perceptual)
     figures: dict[str, list[float]] = {}
 
     def add(name: str, value: torch.Tensor | float) -> None:
@@ -84,14 +88,10 @@ def validate(
         if networks.lora is None:
             continue
         # Stage 2 as the bundle runs it.
-        z_t = flow.mix(condition, eps.to(device), sampling.t_start)
-        for t, after in pairwise(flow.timesteps(sampling.t_start, sampling.steps)):
-            t_B = z_0.new_full((len(z_0),), t)
-            z_t = z_t + (after - t) * texture_velocity(networks, z_t, t_B, condition, local, glob, sampling.prediction)
-        textured = autoencoder.decode(z_t).clamp(-1, 1)
-        add("textured_psnr", _psnr(textured, hq))
+        made = autoencoder.decode(textured(networks, condition, eps.to(device), local, glob, sampling)).clamp(-1, 1)
+        add("textured_psnr", _psnr(made, hq))
         if perceptual is not None:
-            add("textured_perceptual", perceptual(textured, hq).mean())
+            add("textured_perceptual", perceptual(made, hq).mean())
     stream.close()
     return {name: sum(values) / len(values) for name, values in figures.items()}
 
@@ -126,6 +126,18 @@ def _enlarged(networks: Networks, recipe: Recipe, source: Source) -> dict[str, f
         for name, made in (("cubic_psnr", few.lq_up), ("enlarged_psnr", enlarged(networks, few))):
             found[name].append(_psnr(made * 2 - 1, few.hq * 2 - 1))
     return {name: float(torch.stack(values).mean()) for name, values in found.items()}
+
+
+def _grained(networks: Networks, recipe: Recipe, source: Source, perceptual: Perceptual | None) -> dict[str, float]:
+    """Figures of held-out crops, degraded as training crops are, without and with grain."""
+    figures: dict[str, list[float]] = {}
+    stream = batches(source, crop_settings(recipe, 0, held_out=True, mixed=True), BATCH, workers=0)
+    for _ in range(GRAINED // BATCH):
+        found = grain_figures(networks, recipe, perceptual, on_device(next(stream), networks.device))
+        for name, value in found.items():
+            figures.setdefault(name, []).append(value)
+    stream.close()
+    return {name: sum(values) / len(values) for name, values in figures.items()}
 
 
 def _psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
