@@ -122,6 +122,8 @@ class BundleDefaults:
     """Longer prompts are cut, with a warning."""
     color_fix: str = "wavelet"
     """"wavelet", "adain" or "none"."""
+    grain: float = 1.0
+    """With texture, for bundles that have the part: 1 is what its network says."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ class UpscaleConfig:
     as surely as the photo looks clean; 1 for a compressed one, with what the enlarger made of it; 0 for others."""
     grain: float | None = None
     """Finest texture, drawn from the seed and added to the result: 0 none, 1 as much as the bundle's network says, up
-    to 2; None: 1 where there is such a network and texture is asked for, else 0."""
+    to 2; None: the bundle's where there is such a network and texture is asked for, else 0."""
     removal: bool | None = None
     """Run stage 1; False starts texture from z_lq (ablation); None: if the bundle has a Restoration LoRA, and for
     photos that don't look damaged its enlarger instead."""

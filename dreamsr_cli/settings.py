@@ -109,7 +109,7 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
         color_fix=pick(config.color_fix, defaults.color_fix),
         looks=looks,
         consistency=0.0 if config.consistency is None and looks == "damaged" else config.consistency,
-        grain=pick(config.grain, 1.0 if has_grain and pick(config.strength, sampling.t_start) > 0 else 0.0),
+        grain=pick(config.grain, defaults.grain if has_grain and pick(config.strength, sampling.t_start) > 0 else 0.0),
         enlarger=enlarger,
         removal=pick(config.removal, "lora" in bundle.config.parts and not enlarger),
         precision=config.precision,

@@ -15,7 +15,7 @@ from dreamsr_cli import config
 from dreamsr_cli.config import BundleConfig, ControlConfig, OutputConfig, PartConfig, UpscaleConfig
 from dreamsr_cli.errors import ConfigError
 from dreamsr_cli.plain_data import from_dict, load_toml, to_dict
-from dreamsr_cli.training import recipe
+from dreamsr_cli.training import loss_recipe, recipe
 
 BUNDLE: dict[str, Any] = {"format": 1, "name": "x", "licence": "MIT", "parts": {"vae": {"path": "vae"}}}
 
@@ -124,12 +124,12 @@ def test_toml_that_cannot_be_read(tmp_path) -> None:
     assert load_toml(tmp_path / "good.toml") == {"a": {"b": [1, 2]}}
 
 
-@pytest.mark.parametrize("module", [config, recipe])
-def test_every_setting_is_frozen_and_has_a_docstring(module) -> None:
+@pytest.mark.parametrize(("module", "least"), [(config, 6), (recipe, 4), (loss_recipe, 1)])
+def test_every_setting_is_frozen_and_has_a_docstring(module, least) -> None:
     assert module.__file__ is not None
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    assert len(classes) >= 6
+    assert len(classes) >= least
     for node in classes:
         made = getattr(module, node.name)
         assert dataclasses.is_dataclass(made) and made.__dataclass_params__.frozen, node.name  # type: ignore[attr-defined]
@@ -147,7 +147,18 @@ def test_every_setting_is_frozen_and_has_a_docstring(module) -> None:
 
 def test_what_the_bundle_decides_has_no_default_of_its_own() -> None:
     settings = UpscaleConfig()
-    for name in ("scale", "tile", "overlap", "steps", "strength", "guidance", "captioner", "color_fix", "removal"):
+    for name in (
+        "scale",
+        "tile",
+        "overlap",
+        "steps",
+        "strength",
+        "guidance",
+        "captioner",
+        "color_fix",
+        "removal",
+        "grain",
+    ):
         assert getattr(settings, name) is None, name
     assert (settings.seed, settings.tile_batch, settings.memory) == (42, None, None)
     output = OutputConfig()

@@ -206,6 +206,8 @@ def test_what_can_be_asked_for(bundle, tiny_bundle) -> None:
     plain = open_bundle(str(tiny_bundle))
     assert check_settings(UpscaleConfig(), bundle).grain == 1
     assert check_settings(UpscaleConfig(strength=0.0), bundle).grain == 0
+    own = replace(bundle.config, defaults=replace(bundle.config.defaults, grain=1.5))
+    assert check_settings(UpscaleConfig(), Bundle(bundle.folder, own)).grain == 1.5
     assert check_settings(UpscaleConfig(), plain).grain == check_settings(UpscaleConfig(grain=0.0), plain).grain == 0
     with pytest.raises(UsageError, match="no network"):
         check_settings(UpscaleConfig(grain=1.0), plain)

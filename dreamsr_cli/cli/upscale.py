@@ -89,7 +89,7 @@ def command(
     grain: Annotated[
         float | None,
         typer.Option(
-            help="Finest texture, from the seed: 0 (none) to 2 (default 1; 0 with --strength 0).",
+            help="Finest texture, from the seed: 0 (none) to 2 (default: the model's; 0 with --strength 0).",
             rich_help_panel=_METHOD,
         ),
     ] = None,
