@@ -62,8 +62,8 @@ class GrainedRows:
         first, last = strip * self.STRIP, min((strip + 1) * self.STRIP, height)
         begin, end = max(0, first - network.reach), min(height, last + network.reach)
         result_PQC, cubic_PQC = self._read_result(begin, end), self._enlarged.read_rows(begin, end)
-        grain_PQC = self._grain(network, result_PQC, cubic_PQC, (first - begin, last - begin), first)
-        self._strips[strip] = result_PQC[first - begin : last - begin] + grain_PQC
+        grain_PQ1 = self._grain(network, result_PQC, cubic_PQC, (first - begin, last - begin), first)
+        self._strips[strip] = result_PQC[first - begin : last - begin] + grain_PQ1
         if len(self._strips) > self.KEPT:
             self._strips.popitem(last=False)
         return self._strips[strip]
@@ -72,15 +72,16 @@ class GrainedRows:
     def _grain(
         self, network: Grain, result_PQC: np.ndarray, cubic_PQC: np.ndarray, inner: tuple[int, int], first: int
     ) -> np.ndarray:
-        """Grain of the rows `inner` of those given; `first` is their place in the result."""
+        """Grain of the rows `inner` of those given, (rows, width, 1); `first` is their place in the result."""
         rows, width = slice(*inner), result_PQC.shape[1]
         result_B3PQ, cubic_B3PQ = self._ready(np.clip(result_PQC, 0, 1)), self._ready(cubic_PQC)
         strength_BKPQ = network.strengths(result_B3PQ, cubic_B3PQ)[:, :, rows, :width]
         count = inner[1] - inner[0]
         noise_PQC = normal_rows(self._seed, "grain", first - MARGIN, count + 2 * MARGIN, width + 2 * MARGIN, 1)
         noise_B1PQ = torch.from_numpy(noise_PQC.transpose(2, 0, 1))[None].to(self._device)
-        grain_CPQ = network.painted(strength_BKPQ, noise_B1PQ)[0].cpu().numpy()
-        return grain_CPQ.transpose(1, 2, 0) * np.float32(self.amount / 2)
+        # The same in all colours.
+        grain_PQ = network.painted(strength_BKPQ, noise_B1PQ)[0, 0].cpu().numpy()
+        return grain_PQ[..., None] * np.float32(self.amount / 2)
 
     def _ready(self, rgb_PQC: np.ndarray) -> Tensor:
         """On [-1, 1], its sides brought to multiples of 4 by repeating the last pixels."""
