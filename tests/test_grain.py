@@ -21,7 +21,7 @@ from dreamsr_cli.canvas import EnlargedPhoto
 from dreamsr_cli.config import Looks, OutputConfig, SamplingConfig, UpscaleConfig
 from dreamsr_cli.counting_pixels import GrainSizes
 from dreamsr_cli.engine import upscale
-from dreamsr_cli.errors import UsageError
+from dreamsr_cli.errors import UsageError, WeightsError
 from dreamsr_cli.grained import GrainedRows
 from dreamsr_cli.images import open_photo
 from dreamsr_cli.losses import contrast_distance
@@ -200,6 +200,50 @@ def test_texture_gets_grain_and_the_most_faithful_result_none(bundle, tmp_path) 
     assert not np.array_equal(faithful, made_by(bundle, source, strength=0.0, grain=1.0))
     assert np.array_equal(default, made_by(bundle, source))
     assert not np.array_equal(default, made_by(bundle, source, seed=7))
+
+
+class StopDecoding(SilentProgress):
+    """Ctrl-C once `left` strips are decoded."""
+
+    def __init__(self, left: int) -> None:
+        self._left, self._now = left, ""
+
+    def phase(self, name: str, total: int) -> None:
+        self._now = name
+
+    def advance(self, count: int = 1) -> None:
+        self._left -= count * (self._now == "decode")
+        if self._left < 0:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(bundle, tmp_path) -> None:
+    tall = tmp_path / "tall.png"
+    Image.fromarray(data.chelsea()[:240, 120:152]).save(tall)
+    settings = UpscaleConfig(tile=64, overlap=16, steps=1, precision="fp32")
+
+    def run(name: str, progress: SilentProgress) -> Path:
+        upscale(tall, tmp_path / name, bundle, settings, OutputConfig(), progress)
+        return tmp_path / name
+
+    whole = run("whole.png", SilentProgress())
+    with pytest.raises(KeyboardInterrupt):
+        run("made.png", StopDecoding(2))
+    assert not (tmp_path / "made.png").exists()
+    assert run("made.png", SilentProgress()).read_bytes() == whole.read_bytes()
+    levels = [np.asarray(Image.open(made).convert("RGB"), np.float32) for made in (whole, tall)]
+    assert levels[0].shape[0] == 4 * levels[1].shape[0] > 3 * GrainedRows.STRIP
+
+
+@torch.no_grad()
+def test_a_damaged_one_is_refused(tmp_path) -> None:
+    folder, made = tmp_path / "bundle", networks()
+    export(replace(made, grain=grain()), None, folder, made.config)
+    file = folder / "grain" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(WeightsError, match="grain"):
+        made_by(open_bundle(str(folder)), photo(tmp_path))
+    assert not (tmp_path / "result.png").exists()
 
 
 def test_what_can_be_asked_for(bundle, tiny_bundle) -> None:
