@@ -149,7 +149,7 @@ class GrainSizes:
         return (
             sum(strips) * columns // FOLD**2 * layers
             + rows * columns * (2 * self.BANDS + 3)
-            + len(strips) * (self._weights())
+            + len(strips) * self._weights()
         )
 
     def _extents(self, rows: int) -> list[int]:

@@ -5,7 +5,7 @@ Axes: P Q pixel rows and columns, C channels.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from dreamsr_cli.canvas import EnlargedPhoto
 from dreamsr_cli.draws import normal_rows
 from dreamsr_cli.models.grain import MARGIN, Grain
-from dreamsr_cli.resample import ReadRows
+from dreamsr_cli.resample import KeptStrips, ReadRows
 
 
 class GrainedRows:
@@ -27,7 +27,6 @@ class GrainedRows:
 
     STRIP = 128
     """Rows at a time, a multiple of `Grain.FOLD`."""
-    KEPT = 4
 
     def __init__(
         self,
@@ -42,31 +41,21 @@ class GrainedRows:
         `network` None: no grain."""
         self._read_result, self._enlarged, self._network = read_result, enlarged, network
         self.amount, self._seed, self._device = amount, seed, device
-        self._strips: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._kept = KeptStrips(self.STRIP)
 
     def read_rows(self, top: int, bottom: int) -> np.ndarray:
         """Rows [top, bottom), float32 (rows, width, 3), about [0, 1], not clipped."""
         if self._network is None or not self.amount:
             return self._read_result(top, bottom)
-        made = []
-        for strip in range(top // self.STRIP, -(-bottom // self.STRIP)):
-            first = strip * self.STRIP
-            made.append(self._strip(self._network, strip)[max(0, top - first) : bottom - first])
-        return np.concatenate(made)
+        return self._kept.read_rows(partial(self._strip, self._network), top, bottom)
 
     def _strip(self, network: Grain, strip: int) -> np.ndarray:
-        if strip in self._strips:
-            self._strips.move_to_end(strip)
-            return self._strips[strip]
         height = self._enlarged.height
         first, last = strip * self.STRIP, min((strip + 1) * self.STRIP, height)
         begin, end = max(0, first - network.reach), min(height, last + network.reach)
         result_PQC, cubic_PQC = self._read_result(begin, end), self._enlarged.read_rows(begin, end)
         grain_PQ1 = self._grain(network, result_PQC, cubic_PQC, (first - begin, last - begin), first)
-        self._strips[strip] = result_PQC[first - begin : last - begin] + grain_PQ1
-        if len(self._strips) > self.KEPT:
-            self._strips.popitem(last=False)
-        return self._strips[strip]
+        return result_PQC[first - begin : last - begin] + grain_PQ1
 
     @torch.inference_mode()
     def _grain(

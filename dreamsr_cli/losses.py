@@ -144,7 +144,8 @@ def hinge_discriminator(real_logits: torch.Tensor, fake_logits: torch.Tensor) ->
 def contrast_distance(x_BCPQ: torch.Tensor, target_BCPQ: torch.Tensor) -> torch.Tensor:
     """How differently strong the fine texture of pictures is, wherever its lines run (ours): a scalar, the mean over
     windows of `CONTRAST_WINDOW` pixels, half overlapping, of the distance of the logarithms of what brightness varies
-    there beyond its mean of 7 x 7 pixels; at full and at half size. Pictures are RGB on [-1, 1]."""
+    there beyond its mean of 7 x 7 pixels; at full and at half size. Pictures are RGB on [-1, 1],
+    their sides at least twice a window's."""
     x_B1PQ, target_B1PQ = _brightness(x_BCPQ), _brightness(target_BCPQ)
     full = (_log_contrast(x_B1PQ) - _log_contrast(target_B1PQ)).abs().mean()
     half = (_log_contrast(F.avg_pool2d(x_B1PQ, 2)) - _log_contrast(F.avg_pool2d(target_B1PQ, 2))).abs().mean()

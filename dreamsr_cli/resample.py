@@ -9,6 +9,7 @@ Axes: B batch, C channels, P Q pixel rows and columns.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 
 import numpy as np
@@ -112,3 +113,29 @@ def resize_rows(
     x = torch.tensor(source_PQC)
     x = _resize_axis(x, 1, *cubic_contributions(in_cols, out_cols, scale))
     return _resize_axis(x, 0, indices - first, weights).numpy()
+
+
+class KeptStrips:
+    """Rows made in strips that always lie the same, the last of which are kept: they come out the same whatever is
+    asked for with them, and neighbouring requests share a strip."""
+
+    def __init__(self, rows: int, kept: int = 4) -> None:
+        self._rows, self._kept = rows, kept
+        self._strips: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def read_rows(self, make: Callable[[int], np.ndarray], top: int, bottom: int) -> np.ndarray:
+        """Rows [top, bottom), (bottom - top, width, C), of strips that `make(number)` gives, the same at every call: rows
+        [number * rows, (number + 1) * rows), fewer at the bottom. It isn't held, for its owner holds this."""
+        found = []
+        for number in range(top // self._rows, -(-bottom // self._rows)):
+            first = number * self._rows
+            found.append(self._strip(make, number)[max(0, top - first) : bottom - first])
+        return np.concatenate(found)
+
+    def _strip(self, make: Callable[[int], np.ndarray], number: int) -> np.ndarray:
+        if number not in self._strips:
+            self._strips[number] = make(number)
+        self._strips.move_to_end(number)
+        if len(self._strips) > self._kept:
+            self._strips.popitem(last=False)
+        return self._strips[number]

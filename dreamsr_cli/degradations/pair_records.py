@@ -89,12 +89,12 @@ class PairSettings:
                 raise ConfigError(f"{flag} {value!r} is not known", f"use one of: {', '.join(map(str, known))}")
         if not 1 <= self.scale <= 8:
             raise ConfigError(f"--scale {self.scale} is out of range", "use 1 to 8")
-        if self.size < 0 or self.size % self.grain:
-            near = max(self.grain, round(self.size / self.grain) * self.grain)
-            raise ConfigError(f"--size {self.size} is not a multiple of {self.grain}", f"use --size {near}")
+        if self.size < 0 or self.size % self.side_step:
+            near = max(self.side_step, round(self.size / self.side_step) * self.side_step)
+            raise ConfigError(f"--size {self.size} is not a multiple of {self.side_step}", f"use --size {near}")
 
     @property
-    def grain(self) -> int:
+    def side_step(self) -> int:
         """Sides of good crops are multiples of this: the scale, or what the networks need."""
         return TOKEN_SIDE if self.kind == "texture" else self.scale
 
@@ -236,8 +236,8 @@ def pair_stems(sources: Iterable[SourceId]) -> dict[str, str]:
 def refusal(source: SourceId, settings: PairSettings) -> str | None:
     """Why a photo gives no pair, or None."""
     shorter, size = min(source.width, source.height), f"{source.width}x{source.height}"
-    if shorter < settings.grain:
-        return f"{size}: a side is below {settings.grain} pixels"
+    if shorter < settings.side_step:
+        return f"{size}: a side is below {settings.side_step} pixels"
     if settings.small == "skip" and shorter < settings.size:
         return f"{size}: a side is below --size {settings.size} (--small shrink takes it as it is)"
     return None
@@ -246,9 +246,9 @@ def refusal(source: SourceId, settings: PairSettings) -> str | None:
 def crop_box(source: SourceId, settings: PairSettings, index: int) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of a good crop: uniform over the photo; for a whole photo what lies right of or below
     a multiple of the scale is cut off, as the field's tables do."""
-    grain = settings.grain
+    step = settings.side_step
     width, height = (
-        min(settings.size, n // grain * grain) if settings.size else n // grain * grain
+        min(settings.size, n // step * step) if settings.size else n // step * step
         for n in (source.width, source.height)
     )
     if settings.size == 0:

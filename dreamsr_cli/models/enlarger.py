@@ -13,7 +13,6 @@ Axes: B batch, P Q pixel rows and columns of the enlarged photo.
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import cast
 
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from dreamsr_cli.config import LOOKS
 from dreamsr_cli.models.autoencoder import Refiner
-from dreamsr_cli.resample import ReadRows, resize_rows
+from dreamsr_cli.resample import KeptStrips, ReadRows, resize_rows
 
 FACTOR = Refiner.FOLD
 """Sides of the enlarged photo over those of the photo: what the refiner folds into channels."""
@@ -143,7 +142,6 @@ class EnlargedRows:
 
     STRIP = 64
     """Rows of the photo that are enlarged at a time."""
-    KEPT = 4
 
     def __init__(
         self,
@@ -161,7 +159,7 @@ class EnlargedRows:
         self._network, self._read_photo, self._device = network, read_photo, device
         self._height, self._width = height, width
         self._out, self._on_strip = (out_height, out_width), on_strip
-        self._strips: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._kept = KeptStrips(FACTOR * self.STRIP)
 
     @property
     def strips(self) -> int:
@@ -177,18 +175,10 @@ class EnlargedRows:
 
     def _fourfold(self, top: int, bottom: int) -> np.ndarray:
         """Rows [top, bottom) at four times the photo's size."""
-        rows = FACTOR * self.STRIP
-        made = []
-        for strip in range(top // rows, -(-bottom // rows)):
-            first = strip * rows
-            made.append(self._strip(strip)[max(0, top - first) : bottom - first])
-        return np.concatenate(made)
+        return self._kept.read_rows(self._strip, top, bottom)
 
     def _strip(self, strip: int) -> np.ndarray:
         """Rows of one strip at four times the photo's size, clipped to [0, 1]."""
-        if strip in self._strips:
-            self._strips.move_to_end(strip)
-            return self._strips[strip]
         first, last = strip * self.STRIP, min((strip + 1) * self.STRIP, self._height)
         reach = self._network.reach // FACTOR
         begin, end = max(0, first - reach), min(self._height, last + reach)
@@ -203,11 +193,8 @@ class EnlargedRows:
         )
         cubic_PQC = np.clip(cubic_PQC, 0, 1)
         cubic_PQC += self._correction(cubic_PQC, (FACTOR * (first - begin), FACTOR * (end - last)))
-        self._strips[strip] = np.clip(cubic_PQC[FACTOR * (first - begin) : FACTOR * (last - begin)], 0, 1)
-        if len(self._strips) > self.KEPT:
-            self._strips.popitem(last=False)
         self._on_strip()
-        return self._strips[strip]
+        return np.clip(cubic_PQC[FACTOR * (first - begin) : FACTOR * (last - begin)], 0, 1)
 
     @torch.inference_mode()
     def _correction(self, cubic_PQC: np.ndarray, spare: tuple[int, int]) -> np.ndarray:
