@@ -124,8 +124,8 @@ class KeptStrips:
         self._strips: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def read_rows(self, make: Callable[[int], np.ndarray], top: int, bottom: int) -> np.ndarray:
-        """Rows [top, bottom), (bottom - top, width, C), of strips that `make(number)` gives, the same at every call: rows
-        [number * rows, (number + 1) * rows), fewer at the bottom. It isn't held, for its owner holds this."""
+        """Rows [top, bottom), (bottom - top, width, C), of strips that `make(number)` gives, the same at every call:
+        rows [number * rows, (number + 1) * rows), fewer at the bottom. It isn't held, for its owner holds this."""
         found = []
         for number in range(top // self._rows, -(-bottom // self._rows)):
             first = number * self._rows
