@@ -22,22 +22,24 @@ def test_quick_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert script.main(["--quick", "--preset", "seesr-mild", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     one, two = (found["files"][workers]["crops_per_second"] for workers in "12")
-    assert found["pixels_alone"] > one > 0 and found["ratio"] == pytest.approx(two / one)
+    # which of them is faster is for the benchmark to say: on a busy machine eight small crops say nothing
+    assert min(found["pixels_alone"], one, two) > 0 and found["ratio"] == pytest.approx(two / one)
 
 
 def test_a_slow_pipeline_shows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     script = importlib.import_module("degrade")
     script.write_photo(tmp_path / "photo.jpg", 128)
-    fast, _ = script.files(tmp_path / "photo.jpg", tmp_path / "out", "seesr-mild", 64, 8, 1)
-    assert len(list((tmp_path / "out" / "lq").iterdir())) == 9
+    fast, _ = script.files(tmp_path / "photo.jpg", tmp_path / "out", "seesr-mild", 64, 3, 1)
+    assert fast > 0 and len(list((tmp_path / "out" / "lq").iterdir())) == 4
     degrade = pixel.degrade
 
     def slow(hq_CPQ: torch.Tensor, params: pixel.PixelParams) -> torch.Tensor:
-        time.sleep(0.2)
+        time.sleep(1.0)
         return degrade(hq_CPQ, params)
 
     monkeypatch.setattr(pixel, "degrade", slow)
-    slowed, _ = script.files(tmp_path / "photo.jpg", tmp_path / "out", "seesr-mild", 64, 8, 1)
-    assert slowed < 5 < fast
-    assert script.pixels_alone("seesr-mild", 64, 4) < 5
+    # at least a second for each crop, however fast the machine is
+    slowed, _ = script.files(tmp_path / "photo.jpg", tmp_path / "out", "seesr-mild", 64, 3, 1)
+    assert 0 < slowed < 1
+    assert 0 < script.pixels_alone("seesr-mild", 64, 2) < 1

@@ -213,9 +213,9 @@ def test_describing_a_large_photo_costs_little_more() -> None:
         rgb_PQC = generator(5, "quick").random((height, width, 3), dtype=np.float32)
         times = []
         for _ in range(12):
-            start = time.perf_counter()
+            start = time.process_time()  # work, not waiting: others run here too
             Describer().describe(rgb_PQC)
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         return min(times)
 
     assert cost(1440, 2560) < 15 * cost(256, 256)
