@@ -68,6 +68,8 @@ LAYERS = (
         "canvas",
         "consistency",
         "grained",
+        "network_rows",
+        "polished",
         "sampler",
         "tile_work",
         "texts_ahead",

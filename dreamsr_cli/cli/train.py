@@ -25,7 +25,8 @@ def command(
     stage: Annotated[
         str | None,
         typer.Option(
-            "--stage", help="autoencoder, backbone, controlnet, restoration, joint, cleanliness, enlarger or grain."
+            "--stage",
+            help="autoencoder, backbone, controlnet, restoration, joint, cleanliness, enlarger, polish or grain.",
         ),
     ] = None,
     config: Annotated[
