@@ -11,7 +11,7 @@ from typing import Any
 from dreamsr_cli import counting, counting_bytes
 from dreamsr_cli.config import BundleConfig
 from dreamsr_cli.counting import BlockSizes, ContextSizes, TextSizes
-from dreamsr_cli.counting_pixels import AutoencoderSizes, GrainSizes, PolishSizes
+from dreamsr_cli.counting_pixels import AutoencoderSizes, GrainSizes
 from dreamsr_cli.errors import WeightsError
 from dreamsr_cli.text_buckets import BYTE_BUCKETS, T5_BUCKETS, asked_bucket
 from dreamsr_cli.weights import weights_folder
@@ -32,8 +32,6 @@ class BundleSizes:
     autoencoder: AutoencoderSizes
     text: TextSizes
     max_text_tokens: int
-    polish: PolishSizes | None
-    """None for a bundle without polish."""
     grain: GrainSizes | None
     """None for a bundle without grain."""
     control_is_clean: bool
@@ -129,7 +127,6 @@ def read_sizes(config: BundleConfig, part_folder: Callable[[str], Path]) -> Bund
             autoencoder=AutoencoderSizes(known.of("vae")),
             text=known.text(),
             max_text_tokens=config.defaults.max_text_tokens,
-            polish=PolishSizes(known.of("polish")) if "polish" in parts else None,
             grain=GrainSizes(known.of("grain")) if "grain" in parts else None,
             control_is_clean=control.timestep == "clean",
         )

@@ -122,8 +122,6 @@ class BundleDefaults:
     """Longer prompts are cut, with a warning."""
     color_fix: str = "wavelet"
     """"wavelet", "adain" or "none"."""
-    polish: float = 1.0
-    """With texture, for bundles that have the part: how much of what its network adds."""
     grain: float = 1.0
     """With texture, for bundles that have the part: 1 is what its network says."""
 
@@ -230,9 +228,6 @@ class UpscaleConfig:
     consistency: float | None = None
     """How far the result, shrunk to the photo's size, is made to agree with it: 0 not, 1 as far as one step can. None:
     as surely as the photo looks clean; 1 for a compressed one, with what the enlarger made of it; 0 for others."""
-    polish: float | None = None
-    """How much is added of what the bundle's last network, which sees the result and the enlarged photo, would add:
-    0 nothing, 1 all; None: the bundle's where there is such a network and texture is asked for, else 0."""
     grain: float | None = None
     """Finest texture, drawn from the seed and added to the result: 0 none, 1 as much as the bundle's network says, up
     to 2; None: the bundle's where there is such a network and texture is asked for, else 0."""

@@ -126,64 +126,6 @@ class AutoencoderSizes:
 
 
 @dataclass(frozen=True)
-class PolishSizes:
-    """What polishes results (`models/polish.py`), by its config.json."""
-
-    config: Mapping[str, Any]
-
-    STRIP = 512
-    """Rows of a strip (`polished.PolishedRows.STRIP`)."""
-
-    def flops(self, rows: int, columns: int) -> int:
-        """Polish for that many pixels, strip by strip with what surrounds each."""
-        return sum(layer.flops for extent in self._extents(rows) for layer in self._layers(extent, columns))
-
-    def moved_values(self, rows: int, columns: int) -> int:
-        """Activations read and written, layer by layer, and weights once a strip."""
-        layers = [layer for extent in self._extents(rows) for layer in self._layers(extent, columns)]
-        return sum(layer.values + layer.parameters for layer in layers)
-
-    def device_bytes(self, rows: int, columns: int, itemsize: int) -> int:
-        """About what the network needs for one strip of a picture of that many rows: two pictures in float32 and
-        folded, and features of the largest size, of which a block holds three beside those kept for the way up."""
-        extent = min(rows, self.STRIP + 2 * self.reach)
-        features = int(self.config["widths"][0]) * itemsize * 4 // FOLD**2
-        return extent * columns * (2 * 3 * (4 + 2 * itemsize) + features)
-
-    def host_bytes(self, rows: int, columns: int) -> int:
-        """float32 rows that wait: four strips of the result and two of polished ones, and those of one strip with what
-        surrounds it, of result, enlarged photo and what is added."""
-        extent = min(rows, self.STRIP + 2 * self.reach)
-        return columns * 3 * 4 * (min(rows, 4 * self.STRIP) + 3 * extent)
-
-    @property
-    def reach(self) -> int:
-        """`Polish.reach`."""
-        blocks = [int(count) for count in self.config["blocks"]]
-        step = FOLD * 2 ** (len(blocks) - 1)
-        reach = 2 * FOLD + sum(2 * FOLD * 2**level * 2 * count for level, count in enumerate(blocks[:-1]))
-        return -(-(reach + 2 * step * blocks[-1]) // step) * step
-
-    def _extents(self, rows: int) -> list[int]:
-        reach = self.reach
-        return [min(rows, top + self.STRIP + reach) - max(0, top - reach) for top in range(0, rows, self.STRIP)]
-
-    def _layers(self, rows: int, columns: int) -> Iterator[Layer]:
-        widths, blocks = ([int(n) for n in self.config[name]] for name in ("widths", "blocks"))
-        step = FOLD * 2 ** (len(widths) - 1)
-        pixels = -(-rows // step) * -(-columns // step) * 4 ** (len(widths) - 1)
-        yield _convolution(2 * 3 * FOLD**2, widths[0], pixels)
-        for level, (width, count) in enumerate(zip(widths, blocks, strict=True)):
-            ways = 1 if level == len(widths) - 1 else 2
-            for _ in range(2 * ways * count):
-                yield _convolution(width, width, pixels >> 2 * level)
-        for level, (large, small) in enumerate(zip(widths, widths[1:], strict=False), 1):
-            yield _convolution(large, small, pixels >> 2 * level, side=2, stride=2)
-            yield _convolution(4 * small, large, pixels >> 2 * level, side=1)
-        yield _convolution(widths[0], 3 * FOLD**2, pixels)
-
-
-@dataclass(frozen=True)
 class GrainSizes:
     """What says how strong grain is to be (`models/grain.py`), by its config.json."""
 

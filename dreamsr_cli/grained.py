@@ -9,11 +9,12 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from dreamsr_cli.canvas import EnlargedPhoto
 from dreamsr_cli.draws import normal_rows
 from dreamsr_cli.models.grain import MARGIN, Grain
-from dreamsr_cli.network_rows import padded_rgb
 from dreamsr_cli.resample import KeptStrips, ReadRows
 
 
@@ -62,12 +63,17 @@ class GrainedRows:
     ) -> np.ndarray:
         """Grain of the rows `inner` of those given, (rows, width, 1); `first` is their place in the result."""
         rows, width = slice(*inner), result_PQC.shape[1]
-        pictures = (np.clip(result_PQC, 0, 1), cubic_PQC)
-        ready = (padded_rgb(picture_PQC, Grain.FOLD, self._device) for picture_PQC in pictures)
-        strength_BKPQ = network.strengths(*ready)[:, :, rows, :width]
+        result_B3PQ, cubic_B3PQ = self._ready(np.clip(result_PQC, 0, 1)), self._ready(cubic_PQC)
+        strength_BKPQ = network.strengths(result_B3PQ, cubic_B3PQ)[:, :, rows, :width]
         count = inner[1] - inner[0]
         noise_PQC = normal_rows(self._seed, "grain", first - MARGIN, count + 2 * MARGIN, width + 2 * MARGIN, 1)
         noise_B1PQ = torch.from_numpy(noise_PQC.transpose(2, 0, 1))[None].to(self._device)
         # The same in all colours.
         grain_PQ = network.painted(strength_BKPQ, noise_B1PQ)[0, 0].cpu().numpy()
         return grain_PQ[..., None] * np.float32(self.amount / 2)
+
+    def _ready(self, rgb_PQC: np.ndarray) -> Tensor:
+        """On [-1, 1], its sides brought to multiples of 4 by repeating the last pixels."""
+        rgb_B3PQ = torch.from_numpy(np.ascontiguousarray(rgb_PQC.transpose(2, 0, 1)))[None].to(self._device) * 2 - 1
+        missing = [-side % Grain.FOLD for side in rgb_B3PQ.shape[2:]]
+        return F.pad(rgb_B3PQ, (0, missing[1], 0, missing[0]), mode="replicate") if any(missing) else rgb_B3PQ

@@ -24,7 +24,6 @@ from dreamsr_cli.models.quantization import MemoryMode, cannot_run
 from dreamsr_cli.overlap import beside
 from dreamsr_cli.phase_sharing import BundleId, DecodeSetup, TileSetup
 from dreamsr_cli.photo_job import PhotoJob
-from dreamsr_cli.polished import PolishedRows
 from dreamsr_cli.progress import Progress
 from dreamsr_cli.resample import ReadRows
 from dreamsr_cli.sampler import ENCODE, PIXELS, REMOVE, Sampler, texture_name
@@ -168,10 +167,8 @@ def write_pixels(
     def write(read_result: ReadRows) -> None:
         like = _undamaged_photo(job, parts) if job.keeps_to_enlarger else None
         consistent = ConsistentRows(read_result, enlarged, settings.consistency or 0.0, like)
-        polish = parts.polish() if settings.polish else None
-        polished = PolishedRows(consistent.read_rows, enlarged, polish, settings.polish, parts.device)
-        grain = parts.grain() if settings.grain else None
-        rows = GrainedRows(polished.read_rows, enlarged, grain, settings.grain, settings.seed, parts.device)
+        network = parts.grain() if settings.grain else None
+        rows = GrainedRows(consistent.read_rows, enlarged, network, settings.grain, settings.seed, parts.device)
         wanted = reads(settings.color_fix, height, STRIP, start)
         beside(((asked, rows.read_rows(*asked)) for asked in wanted), fix)
 

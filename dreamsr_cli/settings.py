@@ -9,7 +9,7 @@ from dreamsr_cli.config import AUTO, CAPTIONERS, LOOKS, PROMPT_MODES, TILINGS, T
 from dreamsr_cli.device import choose_device
 from dreamsr_cli.errors import UsageError
 from dreamsr_cli.memory_choice import decide_memory
-from dreamsr_cli.models.bundle import GRAIN, POLISH, Bundle
+from dreamsr_cli.models.bundle import GRAIN, Bundle
 from dreamsr_cli.models.compiling import check_compile
 from dreamsr_cli.prompt_fitting import parse_tile_prompts
 from dreamsr_cli.prompts import text_problem
@@ -40,8 +40,6 @@ class Settings:
     """"auto": what the photo itself says."""
     consistency: float | None
     """None: what the photo itself says."""
-    polish: float
-    """0: none, and so where the bundle has no network for it."""
     grain: float
     """0: none, and so where the bundle has no network for it."""
     enlarger: bool | None
@@ -93,8 +91,7 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
     enlarger = None if looks == AUTO else looks != "damaged"
     if "enlarger" not in bundle.config.parts or config.removal is not None:
         enlarger = False
-    has_texture = pick(config.strength, sampling.t_start) > 0
-    has_polish, has_grain = (part in bundle.config.parts for part in (POLISH, GRAIN))
+    has_grain = GRAIN in bundle.config.parts
     settings = Settings(
         scale=config.scale if sized else pick(config.scale, float(bundle.config.scale)),
         long_side=config.long_side,
@@ -112,8 +109,7 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
         color_fix=pick(config.color_fix, defaults.color_fix),
         looks=looks,
         consistency=0.0 if config.consistency is None and looks == "damaged" else config.consistency,
-        polish=pick(config.polish, defaults.polish if has_polish and has_texture else 0.0),
-        grain=pick(config.grain, defaults.grain if has_grain and has_texture else 0.0),
+        grain=pick(config.grain, defaults.grain if has_grain and pick(config.strength, sampling.t_start) > 0 else 0.0),
         enlarger=enlarger,
         removal=pick(config.removal, "lora" in bundle.config.parts and not enlarger),
         precision=config.precision,
@@ -142,9 +138,6 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
     _check_choice("--looks", settings.looks, (AUTO, *LOOKS))
     if settings.consistency is not None:
         _check_range("--consistency", settings.consistency, 0, 1)
-    _check_range("--polish", settings.polish, 0, 1)
-    if settings.polish and not has_polish:
-        raise UsageError(f"--polish: model {bundle.config.name} has no network for it", "leave --polish out")
     _check_range("--grain", settings.grain, 0, 2)
     if settings.grain and not has_grain:
         message = f"--grain: model {bundle.config.name} has no network that says how strong it is to be"

@@ -9,7 +9,7 @@ from typing import Protocol
 from dreamsr_cli import counting
 from dreamsr_cli.batch_choice import automatic_batch
 from dreamsr_cli.bundle_sizes import BundleSizes
-from dreamsr_cli.counting_pixels import STRIDE, GrainSizes, PolishSizes
+from dreamsr_cli.counting_pixels import STRIDE, GrainSizes
 from dreamsr_cli.images import PhotoInfo
 from dreamsr_cli.machine import Machine
 from dreamsr_cli.memory_plan import WEIGHT_BYTES, Phase, PhaseWork, phases
@@ -75,8 +75,6 @@ class Settings(Protocol):
     def looks(self) -> str: ...
     @property
     def consistency(self) -> float | None: ...
-    @property
-    def polish(self) -> float: ...
     @property
     def grain(self) -> float: ...
     @property
@@ -261,10 +259,9 @@ class Workload:
             coder.decode_flops(rows, width, spare)
             for rows, spare in zip(self._extents(coder.halo), self._spare(coder.halo), strict=True)
         )
-        height = self.grid.canvas_height
-        after = sum(part.flops(height, width) for part in self._after)
+        grain = 0 if self._grain is None else self._grain.flops(self.grid.canvas_height, width)
         return {phase: count * each[phase] for phase, count in self.calls().items() if phase in each} | {
-            **self._strip_phases(sum(coder.encode_flops(rows, width) for rows in encoding), decoding, after),
+            **self._strip_phases(sum(coder.encode_flops(rows, width) for rows in encoding), decoding, grain),
         }
 
     def moved(self) -> dict[str, int]:
@@ -292,12 +289,12 @@ class Workload:
         encoded = sum(coder.moved_values(rows, width, encode=True) for rows in encoding) + weights
         decoded = sum(coder.moved_values(rows, width) for rows in self._extents(coder.halo)) + weights
         text = sizes.text
-        after = sum(part.moved_values(self.grid.canvas_height, width) for part in self._after)
+        grained = 0 if self._grain is None else self._grain.moved_values(self.grid.canvas_height, width)
         per_weight = item if quantized is None else quantized
         texts = (text.parameters - text.blocks) * item + int(text.blocks * per_weight)
         return {phase: count * each[phase] for phase, count in self.calls().items() if phase in each} | {
             "text": texts,
-            **self._strip_phases(encoded * item, decoded * item, after * item),
+            **self._strip_phases(encoded * item, decoded * item, grained * item),
         }
 
     def tile_step(self) -> dict[str, int]:
@@ -319,7 +316,7 @@ class Workload:
         coder = self.sizes.autoencoder
         strip_rows = min(self.limits.strip_rows + 2 * coder.halo, self.grid.canvas_height)
         more = CONSISTENT_STRIPS if self.settings.consistency != 0 else 0
-        more += GRAINED_STRIPS if self.settings.grain and self.sizes.grain is not None else 0
+        more += GRAINED_STRIPS if self._grain is not None else 0
         phases = self.phases()
         text, restore, decode = (phases[name] for name in ("text", "restore", "decode"))
         parts = {
@@ -332,20 +329,19 @@ class Workload:
             "rows": coder.channels * self.grid.tile_height * self.grid.canvas_width // STRIDE**2 * (8 + 3 * 4),
             "strips": (STRIPS_AT_ONCE + more) * strip_rows * width * 3 * 4,
             "decoding": decode.working,
-            "polishing": self._polish_bytes[0],
         }
         if self.machine.device == "cpu":
             # What waits in RAM waits beside itself.
             host = max(
                 text.weights + text.working,
                 restore.weights + self._folded_bytes + restore.working + parts["rows"],
-                decode.weights + max(decode.working, self._polish_bytes[1]) + parts["strips"] + parts["polishing"],
+                decode.weights + decode.working + parts["strips"],
             )
             device = 0
         else:
             waiting = min(self.limits.control_host, self.feature_batches * self.feature_bytes)
-            host = max(parts["weights"], parts["rows"] + waiting, parts["strips"] + parts["polishing"])
-            device = max(self._polish_bytes[1], *(phase.device for phase in phases.values()))
+            host = max(parts["weights"], parts["rows"] + waiting, parts["strips"])
+            device = max(phase.device for phase in phases.values())
         return {"host": LIBRARIES + parts["photo"] + host, "device": device, **parts}
 
     @property
@@ -374,36 +370,23 @@ class Workload:
         )
 
     @property
-    def _polish_bytes(self) -> tuple[int, int]:
-        """(bytes in RAM, bytes where the network runs) of polish."""
-        polish, height, width = self.sizes.polish, self.grid.canvas_height, self.grid.canvas_width
-        if polish is None or not self.settings.polish:
-            return 0, 0
-        return polish.host_bytes(height, width), polish.device_bytes(height, width, self.machine.itemsize)
+    def _grain(self) -> GrainSizes | None:
+        return self.sizes.grain if self.settings.grain else None
 
-    @property
-    def _after(self) -> list[PolishSizes | GrainSizes]:
-        """What is done to the result."""
-        found = (
-            self.sizes.polish if self.settings.polish else None,
-            self.sizes.grain if self.settings.grain else None,
-        )
-        return [part for part in found if part is not None]
-
-    def _strip_phases(self, encoding: int, decoding: int, after: int = 0) -> dict[str, int]:
-        """The phases that go strip by strip, from what encoding and decoding all strips once comes to, and what polish
-        and grain of the result do."""
+    def _strip_phases(self, encoding: int, decoding: int, grain: int = 0) -> dict[str, int]:
+        """The phases that go strip by strip, from what encoding and decoding all strips once comes to, and what grain
+        on the result does."""
         strips = -(-self.grid.canvas_height // self.limits.strip_rows)
         # AdaIN reads the result twice: for its sums, and to be fixed.
         passes = 2 if self.settings.color_fix == "adain" and strips > STRIPS_KEPT else 1
         if not self.settings.enlarger:
-            return {"encode": encoding, "decode": (decoding + after) * passes}
+            return {"encode": encoding, "decode": (decoding + grain) * passes}
         # The same network as decoding's; at x4 also the same size.
         if not self.steps:
-            return {"enlarge": (decoding + after) * passes, "encode": 0, "decode": 0}
+            return {"enlarge": (decoding + grain) * passes, "encode": 0, "decode": 0}
         # Enlarged again for a result that keeps to the enlarger's photo (`PhotoJob.keeps_to_enlarger`).
         again = passes if self.settings.looks == "compressed" and self.settings.consistency != 0 else 0
-        return {"enlarge": decoding * (1 + again), "encode": encoding, "decode": (decoding + after) * passes}
+        return {"enlarge": decoding * (1 + again), "encode": encoding, "decode": (decoding + grain) * passes}
 
     def _extents(self, halo: int) -> list[int]:
         """Rows of each strip with its halo."""

@@ -68,8 +68,6 @@ LAYERS = (
         "canvas",
         "consistency",
         "grained",
-        "network_rows",
-        "polished",
         "sampler",
         "tile_work",
         "texts_ahead",

@@ -157,7 +157,6 @@ def test_what_the_bundle_decides_has_no_default_of_its_own() -> None:
         "captioner",
         "color_fix",
         "removal",
-        "polish",
         "grain",
     ):
         assert getattr(settings, name) is None, name

@@ -29,7 +29,7 @@ from dreamsr_cli.models.bundle import Bundle, open_bundle
 from dreamsr_cli.models.grain import BANDS, MARGIN, Grain
 from dreamsr_cli.progress import SilentProgress
 from dreamsr_cli.settings import check_settings
-from dreamsr_cli.training.finished_crops import finished
+from dreamsr_cli.training.grain_steps import finished
 from dreamsr_cli.training.networks import build_on
 from dreamsr_cli.training.plan import training_plan
 from dreamsr_cli.training.recipe import CropPlan, Recipe

@@ -126,9 +126,6 @@ def command(
     consistency: Annotated[
         float | None, typer.Option(help="As in dreamsr upscale, 0 to 1.", rich_help_panel=_METHOD)
     ] = None,
-    polish: Annotated[
-        float | None, typer.Option(help="As in dreamsr upscale, 0 to 1.", rich_help_panel=_METHOD)
-    ] = None,
     grain: Annotated[float | None, typer.Option(help="As in dreamsr upscale, 0 to 2.", rich_help_panel=_METHOD)] = None,
     removal: Annotated[
         bool | None,

@@ -37,7 +37,6 @@ SHARED = (
     "color_fix",
     "looks",
     "consistency",
-    "polish",
     "grain",
     "removal",
     "precision",

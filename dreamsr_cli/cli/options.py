@@ -45,7 +45,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "steps": (1, 100),
     "strength": (0, 1),
     "consistency": (0, 1),
-    "polish": (0, 1),
     "grain": (0, 2),
     "guidance": (0, 100),
     "seed": (0, 2**63 - 1),

@@ -25,8 +25,7 @@ def command(
     stage: Annotated[
         str | None,
         typer.Option(
-            "--stage",
-            help="autoencoder, backbone, controlnet, restoration, joint, cleanliness, enlarger, polish or grain.",
+            "--stage", help="autoencoder, backbone, controlnet, restoration, joint, cleanliness, enlarger or grain."
         ),
     ] = None,
     config: Annotated[

@@ -86,13 +86,6 @@ def command(
             rich_help_panel=_METHOD,
         ),
     ] = None,
-    polish: Annotated[
-        float | None,
-        typer.Option(
-            help="Sharpening by the model's last network, 0 (none) to 1 (default: the model's; 0 with --strength 0).",
-            rich_help_panel=_METHOD,
-        ),
-    ] = None,
     grain: Annotated[
         float | None,
         typer.Option(

@@ -34,7 +34,6 @@ from dreamsr_cli.models.flux_control import FluxControl
 from dreamsr_cli.models.grain import Grain
 from dreamsr_cli.models.mm_controlnet import MMControlNet
 from dreamsr_cli.models.part_loading import class_name, load_part, load_text_part
-from dreamsr_cli.models.polish import Polish
 from dreamsr_cli.models.quantization import PLAIN, MemoryMode
 from dreamsr_cli.models.restoration_lora import RestorationLoRA
 from dreamsr_cli.models.restorer import Restorer, offload_blocks
@@ -46,7 +45,6 @@ from dreamsr_cli.weights_lock import lock_entry
 CONFIG_FILE = "bundle.json"
 BUILT_IN = ("mini", "flux", "flux-upscaler")
 GRAIN = "grain"
-POLISH = "polish"
 PARTS = (
     "transformer",
     "vae",
@@ -56,9 +54,7 @@ PARTS = (
     "lora",
     "cleanliness",
     "enlarger",
-    POLISH,
     GRAIN,
-    POLISH,
 )
 
 
@@ -157,12 +153,6 @@ class Bundle:
         if "cleanliness" not in self.config.parts:
             return None
         return load_part(Cleanliness, self.part_folder("cleanliness"), torch.float32)
-
-    def open_polish(self) -> Polish | None:
-        """What polishes results, on the CPU in float32 and evaluation mode; None where there is none."""
-        if POLISH not in self.config.parts:
-            return None
-        return load_part(Polish, self.part_folder(POLISH), torch.float32)
 
     def open_grain(self) -> Grain | None:
         """What says how strong grain is to be, on the CPU in float32 and evaluation mode; None where there is none."""

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from dreamsr_cli.models.autoencoder import Autoencoder, Refiner
-from dreamsr_cli.models.bundle import GRAIN, POLISH, Bundle
+from dreamsr_cli.models.bundle import GRAIN, Bundle
 from dreamsr_cli.models.grain import Grain
-from dreamsr_cli.models.polish import Polish
 from dreamsr_cli.models.quantization import PLAIN, MemoryMode
 from dreamsr_cli.models.restorer import Restorer
 from dreamsr_cli.models.text_encoder import TextEncoder
@@ -55,15 +54,6 @@ class OpenParts:
             return network.to(self.dtype, memory_format=torch.channels_last)
 
         return self._get(f"{ENLARGER} {looks}", open_part)
-
-    def polish(self) -> Polish:
-        """See `Bundle.open_polish`; the bundle has the part."""
-
-        def open_part() -> Polish:
-            network: Any = self.bundle.open_polish()
-            return network.to(self.device).to(self.dtype, memory_format=torch.channels_last)
-
-        return self._get(POLISH, open_part)
 
     def grain(self) -> Grain:
         """See `Bundle.open_grain`; the bundle has the part."""

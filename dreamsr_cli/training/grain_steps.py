@@ -1,4 +1,4 @@
-"""Training steps of grain on what the frozen networks make of bad crops.
+"""Training steps of grain: what the frozen networks make of bad crops, as users get it, and grain on it.
 
 Axes: B batch, P Q pixels.
 """
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from dreamsr_cli.draws import generator
 from dreamsr_cli.losses import contrast_distance
+from dreamsr_cli.models.enlarger import FACTOR, MANNERS
 from dreamsr_cli.models.grain import MARGIN
 from dreamsr_cli.models.perceptual import Perceptual
-from dreamsr_cli.training.finished_crops import finished, polished
+from dreamsr_cli.training.both_stages import draw_texture, encoded, remove, texts_of, textured
 from dreamsr_cli.training.networks import Networks
 from dreamsr_cli.training.recipe import Recipe
 from dreamsr_cli.training.step_data import Crops, Outcome
@@ -23,7 +24,7 @@ def grain_step(networks: Networks, recipe: Recipe, perceptual: Perceptual | None
     """A step of stage `grain`. LPIPS asks for what a good picture is taken for, and by itself leaves hardly any grain;
     the distance of local contrast asks for as much fine texture as the good crop has, wherever that lies."""
     weights, target = recipe.loss, crops.hq * 2 - 1
-    plain = polished(networks, crops, finished(networks, recipe, crops))
+    plain = finished(networks, recipe, crops)
     made = plain + grain_on(networks, recipe, crops, plain)
     contrast = contrast_distance(made, target)
     loss, terms = weights.grain_contrast * contrast, {"grain_contrast": contrast.detach()}
@@ -32,6 +33,25 @@ def grain_step(networks: Networks, recipe: Recipe, perceptual: Perceptual | None
         loss, terms["grain_perceptual"] = loss + weights.grain_perceptual * distance, distance.detach()
     terms["grain_levels"] = _levels(made - plain)
     return Outcome(loss, terms)
+
+
+@torch.no_grad()
+def finished(networks: Networks, recipe: Recipe, crops: Crops) -> Tensor:
+    """Bad crops after both stages, decoded, (B, 3, P, Q), float32, within [-1, 1]. Undamaged ones are enlarged instead
+    of restored where there is an enlarger of their scale."""
+    sampling = networks.config.sampling
+    _, z_0, z_lq = encoded(networks, crops)
+    local, glob = texts_of(networks, crops)
+    z_dr = z_lq.clone() if networks.lora is None else remove(networks, z_lq, local, glob, sampling)
+    if networks.enlarger is not None and crops.lq is not None and crops.hq.shape[2] == FACTOR * crops.lq.shape[2]:
+        for manner in MANNERS:
+            those = [index for index, looks in enumerate(crops.looks) if looks == manner]
+            if those:
+                large_B3PQ = networks.enlarger(networks.patches.refiner, crops.lq_up[those], manner).clamp(0, 1)
+                z_dr[those] = networks.encode(large_B3PQ * 2 - 1).to(z_dr.dtype)
+    _, eps = draw_texture(recipe.seed, crops.step, z_0.shape, recipe.t_range, crops.first)
+    z = textured(networks, z_dr, eps.to(z_0.device), local, glob, sampling)
+    return networks.autoencoder.decode(z).float().clamp(-1, 1)
 
 
 def grain_on(networks: Networks, recipe: Recipe, crops: Crops, plain: Tensor) -> Tensor:
@@ -54,7 +74,7 @@ def _levels(grain_BCPQ: Tensor) -> Tensor:
 @torch.no_grad()
 def grain_figures(networks: Networks, recipe: Recipe, perceptual: Perceptual | None, crops: Crops) -> dict[str, float]:
     """Of finished crops without and with grain: the distance of local contrast, and LPIPS where there is one."""
-    plain = polished(networks, crops, finished(networks, recipe, crops))
+    plain = finished(networks, recipe, crops)
     grain = grain_on(networks, recipe, crops, plain)
     target, figures = crops.hq * 2 - 1, {"grain_levels": float(_levels(grain))}
     for name, made in (("textured", plain), ("grained", (plain + grain).clamp(-1, 1))):

@@ -23,10 +23,6 @@ class LossRecipe:
     removal_part: float = 1.0
     """Weight of the removal part beside the texture part, stage backbone (ours): LPIPS has by far the larger gradient,
     and what both parts share would learn from it alone."""
-    polish_perceptual: float = 1.0
-    """Stage polish: weight of LPIPS (ours)."""
-    polish_pixel: float = 0.2
-    """Stage polish: weight of the pixel distance (ours)."""
     grain_perceptual: float = 1.0
     """Stage grain: weight of LPIPS, which wants little of it (ours)."""
     grain_contrast: float = 0.05

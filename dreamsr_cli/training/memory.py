@@ -20,7 +20,6 @@ from dreamsr_cli.losses import contrast_distance
 from dreamsr_cli.models.autoencoder import STRIDE, FluxAutoencoder, PatchAutoencoder
 from dreamsr_cli.models.enlarger import MANNERS
 from dreamsr_cli.models.grain import MARGIN, Grain
-from dreamsr_cli.models.polish import Polish
 from dreamsr_cli.models.text_encoder import TextEmbedding
 from dreamsr_cli.training.activations import saved_bytes
 from dreamsr_cli.training.part_configs import MetaNetworks
@@ -101,7 +100,7 @@ def step_memory(
     `pixel_terms`: count decoder and perceptual distance (eq. 6 and 7); a texture step needs them for the crops with
     t <= 0.2, which may be all of a small batch.
     """
-    if kind in ("judge", "enlarge", "polish", "grain"):
+    if kind in ("judge", "enlarge", "grain"):
         return StepMemory(kind, _small_network_bytes(networks, kind, side), 0, 0)
     decoder = _decoder_bytes(networks, side, trained=kind == "reconstruct") if pixel_terms else 0
     if kind == "reconstruct":
@@ -188,16 +187,13 @@ def _decoder_bytes(networks: MetaNetworks, side: int, trained: bool) -> int:
 
 
 def _small_network_bytes(networks: MetaNetworks, kind: str, side: int) -> int:
-    """Bytes kept by judging one bad crop at its own size, by enlarging one, or by polishing a finished one or
-    adding grain to it."""
+    """Bytes kept by judging one bad crop at its own size, by enlarging one, or by adding grain to a finished one."""
     enlarger, autoencoder = networks.enlarger, networks.autoencoder
     if kind == "enlarge":
         if enlarger is None or not isinstance(autoencoder, PatchAutoencoder):
             return 0
         cubic = torch.empty(1, 3, side, side, device="meta")
         return saved_bytes(lambda: enlarger(autoencoder.refiner, cubic, MANNERS[0]).sum(), [enlarger])
-    if kind == "polish":
-        return 0 if networks.polish is None else _polish_bytes(networks.polish, networks.perceptual, side)
     if kind == "grain":
         return 0 if networks.grain is None else _grain_bytes(networks.grain, networks.perceptual, side)
     network = networks.cleanliness
@@ -205,17 +201,6 @@ def _small_network_bytes(networks: MetaNetworks, kind: str, side: int) -> int:
         return 0
     small = torch.empty(1, 3, side // 4, side // 4, device="meta")
     return saved_bytes(lambda: network(small).sum(), [network])
-
-
-def _polish_bytes(polish: Polish, perceptual: nn.Module | None, side: int) -> int:
-    picture = torch.empty(1, 3, side, side, device="meta")
-
-    def forward() -> Tensor:
-        made = picture + polish(picture, picture)
-        distance = made.square().mean()
-        return distance if perceptual is None else distance + perceptual(made).sum()
-
-    return saved_bytes(forward, [polish] if perceptual is None else [polish, perceptual])
 
 
 def _grain_bytes(grain: Grain, perceptual: nn.Module | None, side: int) -> int:

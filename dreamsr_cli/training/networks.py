@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
@@ -21,14 +21,13 @@ from dreamsr_cli.models.context_attention import ContextAttention, wake_projecti
 from dreamsr_cli.models.enlarger import Enlarger, fingerprint
 from dreamsr_cli.models.grain import Grain
 from dreamsr_cli.models.mm_controlnet import MMControlNet
-from dreamsr_cli.models.polish import Polish
 from dreamsr_cli.models.restoration_lora import RestorationLoRA
 from dreamsr_cli.models.text_encoder import ByteTextEncoder, TextEncoder
 from dreamsr_cli.training.distributed import whole
 from dreamsr_cli.training.latent_cache import LatentCache
 from dreamsr_cli.training.lazy_encoder import LazyTextEncoder
 from dreamsr_cli.training.recipe import Recipe
-from dreamsr_cli.training.stages import CONTROL, ENLARGER, GRAIN, JUDGE, POLISH, Stage
+from dreamsr_cli.training.stages import CONTROL, ENLARGER, GRAIN, JUDGE, Stage
 
 MODULES = (
     "transformer",
@@ -38,7 +37,6 @@ MODULES = (
     "refiner",
     "cleanliness",
     "enlarger",
-    "polish",
     "grain",
 )
 """Names that a stage's `trains` may use, beside "lora"."""
@@ -62,11 +60,8 @@ class Networks:
     config: BundleConfig
     cleanliness: Cleanliness | None = None
     enlarger: Enlarger | None = None
-    polish: Polish | None = None
     grain: Grain | None = None
-    """These four: None where neither the bundle nor the stage has it, or needs it."""
-    finished: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    """Finished crops that come again, by step and first crop, uint8 (`data.again_after`)."""
+    """These three: None where neither the bundle nor the stage has it, or needs it."""
     latent_cache: LatentCache | None = None
     """Keeps the latents of crops that come back."""
     device: torch.device = torch.device("cpu")
@@ -114,7 +109,6 @@ class Networks:
             "autoencoder": self.autoencoder,
             "cleanliness": self.cleanliness,
             "enlarger": self.enlarger,
-            "polish": self.polish,
             "grain": self.grain,
         }
         for name, module in others.items():
@@ -194,8 +188,7 @@ class Networks:
 
     def _pixel_modules(self) -> list[nn.Module]:
         autoencoder = self.autoencoder
-        small = (self.cleanliness, self.enlarger, self.polish, self.grain)
-        found = [autoencoder, getattr(autoencoder, "vae", None), *small]
+        found = [autoencoder, getattr(autoencoder, "vae", None), self.cleanliness, self.enlarger, self.grain]
         return [module for module in found if isinstance(module, nn.Module)]
 
 
@@ -273,7 +266,6 @@ def _from_bundle(recipe: Recipe, start: Bundle) -> Networks:
             f"{start.config.name} has no LoRA, or a ControlNet of another kind",
             "start from a complete bundle of our own",
         )
-    _keep_single_blocks(restorer.dit.transformer, recipe.sizes.single_cut)
     return Networks(
         restorer.dit.transformer,
         restorer.controlnet,
@@ -285,14 +277,6 @@ def _from_bundle(recipe: Recipe, start: Bundle) -> Networks:
         replace(recipe.bundle_config(), control=start.config.control),
         start.open_cleanliness(),
     )
-
-
-def _keep_single_blocks(transformer: FluxTransformer2DModel, count: int) -> None:
-    """The first `count` of its single blocks, with what the LoRA changes in them; all of them for 0."""
-    blocks = transformer.single_transformer_blocks
-    if 0 < count < len(blocks):
-        transformer.single_transformer_blocks = blocks[:count]
-        transformer.register_to_config(num_single_layers=count)
 
 
 def build_on(
@@ -350,7 +334,7 @@ def build_on(
     if recipe.ablation == "no-lora":
         sampling = replace(sampling, t_start=1.0, steps=20)
     config = replace(base.config, name=recipe.name, control=control, sampling=sampling)
-    cleanliness = enlarger = polish = grain = None
+    cleanliness = enlarger = grain = None
     if JUDGE[0] in stage.trains:
         cleanliness = (None if recipe.fresh else (start or base).open_cleanliness()) or Cleanliness()
     if ENLARGER[0] in stage.trains:
@@ -358,17 +342,13 @@ def build_on(
             raise UsageError("FLUX's autoencoder has no refiner that could become an enlarger", "use --model mini")
         known = None if recipe.fresh else _known_enlarger(start or base, autoencoder.refiner)
         enlarger = known or Enlarger.of(autoencoder.refiner, recipe.sizes.enlarger_rank)
-    if POLISH[0] in stage.trains:
-        known = None if recipe.fresh else (start or base).open_polish()
-        polish = known or Polish(recipe.sizes.polish_widths, recipe.sizes.polish_blocks)
     if GRAIN[0] in stage.trains:
         grain = (None if recipe.fresh else (start or base).open_grain()) or Grain()
-        polish = base.open_polish()
-    if stage.polishes or stage.grains:
-        # As undamaged photos come to it: from what the enlarger made of them.
+        # Undamaged crops get grain as undamaged photos do: on what the enlarger made of them.
         enlarger = base.open_enlarger()
-    networks = Networks(transformer, controlnet, context, text_encoder, autoencoder, lora, dit, config)
-    networks.cleanliness, networks.enlarger, networks.polish, networks.grain = cleanliness, enlarger, polish, grain
+    networks = Networks(
+        transformer, controlnet, context, text_encoder, autoencoder, lora, dit, config, cleanliness, enlarger, grain
+    )
     networks.to(device, dtype)
     return networks
 

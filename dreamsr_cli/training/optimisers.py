@@ -21,9 +21,7 @@ from dreamsr_cli.training.recipe import OptimRecipe, Recipe
 
 TEXT_PATH = ("text_encoder.", "context_attention.")
 """Names of the parameters that only text goes through: they learn with `optim.text` times the learning rate."""
-HIDDEN = re.compile(
-    r"((transformer|controlnet)\..*blocks\.\d+\.(?!norm)(?!.*lora_)|refiner\.blocks\.|polish\.(down|middle|up)\.).*weight"
-)
+HIDDEN = re.compile(r"((transformer|controlnet)\..*blocks\.\d+\.(?!norm)(?!.*lora_)|refiner\.blocks\.).*weight")
 """Names of the parameters that Muon is for, where they are matrices or kernels: those between two hidden layers of a
 block. Not modulation, embeddings and LoRA (Jordan et al. 2024, "Muon: an optimizer for hidden layers")."""
 

@@ -26,7 +26,6 @@ from dreamsr_cli.models.feature_discriminator import FeatureDiscriminator
 from dreamsr_cli.models.grain import Grain
 from dreamsr_cli.models.mm_controlnet import MMControlNet
 from dreamsr_cli.models.perceptual import BACKBONES, Lpips
-from dreamsr_cli.models.polish import Polish
 from dreamsr_cli.models.restoration_lora import RestorationLoRA
 from dreamsr_cli.models.text_encoder import ByteTextEncoder
 from dreamsr_cli.training.recipe import Recipe
@@ -86,8 +85,6 @@ class PartConfigs:
     """Whether there is a judge of photos."""
     enlarger: Mapping[str, Any] | None = None
     """Of `Enlarger`; None where there is none."""
-    polish: Mapping[str, Any] | None = None
-    """Of `Polish`; None where there is none."""
     grain: Mapping[str, Any] | None = None
     """Of `Grain`; None where there is none."""
 
@@ -117,7 +114,6 @@ def configs_for(recipe: Recipe, stage: Stage, model: str | None = None) -> PartC
         text_tokens=bundle.config.defaults.max_text_tokens,
         cleanliness=stage.judges or "cleanliness" in bundle.config.parts,
         enlarger=_enlarger_config(recipe, stage, bundle),
-        polish=_polish_config(recipe, stage, bundle),
         grain=_grain_config(recipe, stage, bundle),
     )
 
@@ -174,9 +170,8 @@ class MetaNetworks:
     perceptual: nn.Module | None
     cleanliness: Cleanliness | None = None
     enlarger: Enlarger | None = None
-    polish: Polish | None = None
     grain: Grain | None = None
-    """These four: None where neither the bundle nor the stage has it."""
+    """These three: None where neither the bundle nor the stage has it."""
 
     def parameters(self) -> dict[str, int]:
         """Parameters by part."""
@@ -193,7 +188,6 @@ class MetaNetworks:
             "perceptual": _count(self.perceptual),
             "cleanliness": _count(self.cleanliness),
             "enlarger": _count(self.enlarger),
-            "polish": _count(self.polish),
             "grain": _count(self.grain),
         }
         return {name: number for name, number in made.items() if number}
@@ -224,7 +218,6 @@ def build_meta(
         text = None if configs.text_encoder is None else ByteTextEncoder(**configs.text_encoder)
         judge = Cleanliness() if configs.cleanliness else None
         enlarger = None if configs.enlarger is None else Enlarger(**_known(Enlarger, configs.enlarger))
-        polish = None if configs.polish is None else Polish(**_known(Polish, configs.polish))
         grain = None if configs.grain is None else Grain(**_known(Grain, configs.grain))
         distance = None if perceptual == "none" else BACKBONES[perceptual].build().requires_grad_(False)
         if distance is not None and gan_sees == "features":
@@ -249,7 +242,6 @@ def build_meta(
         distance,
         judge,
         enlarger,
-        polish,
         grain,
     )
 
@@ -277,13 +269,6 @@ def _enlarger_config(recipe: Recipe, stage: Stage, bundle: Bundle) -> Mapping[st
     if not stage.enlarges or "refiner_width" not in vae:
         return None
     return {"width": vae["refiner_width"], "blocks": vae["refiner_blocks"], "rank": recipe.sizes.enlarger_rank}
-
-
-def _polish_config(recipe: Recipe, stage: Stage, bundle: Bundle) -> Mapping[str, Any] | None:
-    if "polish" in bundle.config.parts and not (stage.polishes and recipe.fresh):
-        return _read(bundle, "polish")
-    sizes = recipe.sizes
-    return {"widths": sizes.polish_widths, "blocks": sizes.polish_blocks} if stage.polishes else None
 
 
 def _grain_config(recipe: Recipe, stage: Stage, bundle: Bundle) -> Mapping[str, Any] | None:

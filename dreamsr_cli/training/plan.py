@@ -32,7 +32,7 @@ CARDS = ((24, 1), (48, 1), (80, 1), (80, 8))
 """(memory as the card is sold, number of cards) that the recipes are planned for."""
 USABLE = 0.985
 """Share of a card's GiB that a driver shows."""
-_OUTSIDE = ("vae", "perceptual", "discriminator", "cleanliness", "enlarger", "polish", "grain")
+_OUTSIDE = ("vae", "perceptual", "discriminator", "cleanliness", "enlarger", "grain")
 """Parts that every card holds in full, however the others are spread."""
 
 

@@ -73,9 +73,6 @@ def losses(stage: Stage, recipe: Recipe) -> str:
         return "cross-entropy of clean, compressed and damaged"
     if stage.enlarges:
         return f"pixel {loss.pixel_kind} on undamaged crops enlarged"
-    if stage.polishes:
-        terms = [f"{loss.polish_perceptual:g} · {loss.perceptual}"] * (perceptual and loss.polish_perceptual > 0)
-        return " + ".join([*terms, f"{loss.polish_pixel:g} · pixel {loss.pixel_kind}"])
     if stage.grains:
         terms = [f"{loss.grain_perceptual:g} · {loss.perceptual}"] * (perceptual and loss.grain_perceptual > 0)
         return " + ".join([*terms, f"{loss.grain_contrast:g} · local contrast (ours)"])

@@ -45,16 +45,10 @@ class ModelSizes:
     """Whether the refiner has a second manner for stage 1's results (`autoencoder.Refiner`)."""
     enlarger_rank: int = 24
     """Rank of a fresh enlarger's changes to the refiner's kernels (`models/enlarger.py`)."""
-    polish_widths: tuple[int, ...] = (64, 128, 192)
-    """Channels of each size of a fresh polish (`models/polish.py`), the largest first."""
-    polish_blocks: tuple[int, ...] = (3, 3, 4)
-    """Residual blocks of each."""
     whitening: float = 0.5
     """Power of a component's standard deviation it is divided by."""
     lora_rank: int = 16
     """Rank of a fresh Restoration Acceleration LoRA."""
-    single_cut: int = 0
-    """Single blocks with which stage backbone begins from a transformer that is there: the first ones stay. 0: all."""
     lora_cut: int = 0
     """Rank with which stages restoration and joint begin from a LoRA that is there: what it changes most stays
     (truncated SVD). 0: all of it."""
@@ -106,9 +100,6 @@ class DataRecipe:
     """Chance that a sample's texts are empty, so that `--captioner none` works."""
     hold_out: int = 4
     """Photos kept for validation, the last by hash; 0: none, and no validation."""
-    again_after: int = 0
-    """Stage polish: after this many steps the same crops come again, turned otherwise, and what the frozen networks
-    make of them is remembered (16 MB a step of 8 crops of 256 pixels): twice the steps in an hour. 0: never."""
     workers: int = 1
     """Background processes that make crops, for each training process."""
     cache_latents: bool = False
@@ -287,8 +278,6 @@ def _check(recipe: Recipe, where: str) -> None:
         raise ConfigError(
             f"{where}: sizes.rope_axes sum to {sum(sizes.rope_axes)}, not head_dim", "correct one of them"
         )
-    if sizes.single_cut < 0:
-        raise ConfigError(f"{where}: sizes.single_cut is {sizes.single_cut}", "use a count, or 0 to keep all blocks")
     if sizes.lora_cut < 0:
         raise ConfigError(f"{where}: sizes.lora_cut is {sizes.lora_cut}", "use a rank, or 0 to keep all of it")
     control_map = recipe.control.map

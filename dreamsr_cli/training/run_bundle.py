@@ -86,8 +86,6 @@ def export(
         modules["cleanliness"] = networks.cleanliness
     if networks.enlarger is not None:
         modules["enlarger"] = networks.enlarger
-    if networks.polish is not None:
-        modules["polish"] = networks.polish
     if networks.grain is not None:
         modules["grain"] = networks.grain
     modules = {name: module for name, module in modules.items() if name not in elsewhere}

@@ -10,7 +10,6 @@ import torch
 from dreamsr_cli.draws import generator
 from dreamsr_cli.training.both_stages import encode_texts, remove, textured
 from dreamsr_cli.training.crops import batches
-from dreamsr_cli.training.finished_crops import polished
 from dreamsr_cli.training.grain_steps import grain_on
 from dreamsr_cli.training.looks_steps import enlarged
 from dreamsr_cli.training.networks import Networks
@@ -46,12 +45,10 @@ def sample_rows(networks: Networks, recipe: Recipe, source: Source, stage: Stage
             shown["removed"] = autoencoder.decode(z, restored=True) / 2 + 0.5
         noise = [generator(recipe.seed, "sample-noise", b).standard_normal(z.shape[1:]) for b in range(len(z))]
         eps = torch.stack([torch.from_numpy(n).float() for n in noise]).to(z)
-        made = autoencoder.decode(textured(networks, z, eps, local, glob, sampling)).float().clamp(-1, 1)
+        made = autoencoder.decode(textured(networks, z, eps, local, glob, sampling))
         shown["textured"] = made / 2 + 0.5
-        if networks.polish is not None:
-            made = polished(networks, crops, made)
-            shown["polished"] = made / 2 + 0.5
         if networks.grain is not None:
-            shown["grained"] = (made + grain_on(networks, recipe, crops, made)) / 2 + 0.5
+            grain = grain_on(networks, recipe, crops, made.float().clamp(-1, 1))
+            shown["grained"] = shown["textured"] + grain / 2
     names = [f"crop {b + 1}: {text}" for b, text in enumerate(crops.local_texts)]
     return [(name, {label: x[b] for label, x in shown.items()}) for b, name in enumerate(names)]

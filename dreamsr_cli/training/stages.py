@@ -1,8 +1,8 @@
 """Stages are data: which parts train in which kind of step, and what a step is made of (method.md, Training).
 
 Stages `autoencoder` and `backbone` make a bundle that has no pretrained prior (decisions.md). Stage `cleanliness`
-trains what judges photos, stage `enlarger` what enlarges undamaged ones, stage `polish` what sharpens results, stage
-`grain` what says how strong their finest texture is to be. The other three are the paper's: the
+trains what judges photos, stage `enlarger` what enlarges undamaged ones, stage `grain` what says how strong the finest
+texture of a result is to be. The other three are the paper's: the
 transformer is frozen, and only the MM-ControlNet (texture steps) and the LoRA (removal steps) learn.
 """
 
@@ -19,8 +19,6 @@ JUDGE = ("cleanliness",)
 """What tells clean photos from damaged ones."""
 ENLARGER = ("enlarger",)
 """What enlarges undamaged photos."""
-POLISH = ("polish",)
-"""What sharpens results."""
 GRAIN = ("grain",)
 """What says how strong grain is to be."""
 EVERYTHING = ("transformer", *CONTROL, "text_encoder", "refiner", "lora")
@@ -38,8 +36,8 @@ class Stage:
     """For each kind of step the parts that learn in it, with an AdamW of their own. Kinds: "reconstruct" (clean crops
     through encode and decode), "texture" (eq. 5 and 6, LoRA off), "removal" (eq. 7, LoRA on), "both" (a removal part,
     then a texture part on the same crops, one loss), "judge" (bad crops alone: how they look),
-    "enlarge" (crops that were only shrunk, or then saved as JPEGs, back to their good versions), "polish" and "grain"
-    (what the frozen networks make of bad crops, polished or with grain)."""
+    "enlarge" (crops that were only shrunk, or then saved as JPEGs, back to their good versions), "grain" (grain on what
+    the frozen networks make of bad crops)."""
     fit_transform: bool = False
     """Fit the patch transform in closed form before the first step."""
     prior: bool = True
@@ -66,11 +64,6 @@ class Stage:
         return "enlarge" in self.learners
 
     @property
-    def polishes(self) -> bool:
-        """Whether its steps sharpen finished results."""
-        return "polish" in self.learners
-
-    @property
     def grains(self) -> bool:
         """Whether its steps add grain to finished results."""
         return "grain" in self.learners
@@ -78,7 +71,7 @@ class Stage:
     @property
     def stands_alone(self) -> bool:
         """Whether it trains a part beside the method's, and takes nothing else from where it starts."""
-        return self.judges or self.enlarges or self.polishes or self.grains
+        return self.judges or self.enlarges or self.grains
 
     @property
     def removes(self) -> bool:
@@ -101,7 +94,6 @@ STAGES = {
         Stage("joint", "texture or removal, drawn step by step", {"texture": CONTROL, "removal": LORA}),
         Stage("cleanliness", "what photos look like, for --looks auto", {"judge": JUDGE}),
         Stage("enlarger", "enlarging photos that only lack pixels", {"enlarge": ENLARGER}),
-        Stage("polish", "sharpening results", {"polish": POLISH}),
         Stage("grain", "how strong grain is to be on results", {"grain": GRAIN}),
     )
 }

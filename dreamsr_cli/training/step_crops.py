@@ -31,53 +31,30 @@ class StepCrops:
     ) -> None:
         """From step `start` on. Raises `UsageError` for a batch that `world` processes can't share evenly."""
         self._recipe, self._step, self._device = recipe, start, device
-        self._known: dict[int, list[Crops]] = {}
-
-        def open_streams(at: int) -> list[Generator[Batch]]:
-            plans = recipe.data.crops
-            before = [0] * len(plans)
-            for step in range(at):
-                before[plan_of_step(recipe, step)] += 1
-            return [
-                batches(
-                    source,
-                    crop_settings(recipe, i),
-                    share_of(plan.batch, rank, world, recipe.accumulate)[1],
-                    before[i],
-                    recipe.data.workers,
-                    rank=rank,
-                    world=world,
-                    accumulate=recipe.accumulate,
-                    on_bad=on_bad,
-                )
-                for i, plan in enumerate(plans)
-            ]
-
-        self._open_streams = open_streams
-        self._streams = open_streams(self._place)
+        plans = recipe.data.crops
+        before = [0] * len(plans)
+        for step in range(start):
+            before[plan_of_step(recipe, step)] += 1
+        self._streams: list[Generator[Batch]] = [
+            batches(
+                source,
+                crop_settings(recipe, i),
+                share_of(plan.batch, rank, world, recipe.accumulate)[1],
+                before[i],
+                recipe.data.workers,
+                rank=rank,
+                world=world,
+                accumulate=recipe.accumulate,
+                on_bad=on_bad,
+            )
+            for i, plan in enumerate(plans)
+        ]
 
     def __next__(self) -> list[Crops]:
-        place, again_after = self._place, self._recipe.data.again_after
-        made = self._known.get(place)
-        if made is None:
-            if place == 0 and self._known:
-                # It was resumed in the middle of a round.
-                self.close()
-                self._streams = self._open_streams(0)
-            stream = self._streams[plan_of_step(self._recipe, place)]
-            made = [self._ready(next(stream)) for _ in range(self._recipe.accumulate)]
-            if again_after:
-                self._known[place] = made
-        if again_after:
-            made = [replace(crops, step=self._step, place=place) for crops in made]
+        stream = self._streams[plan_of_step(self._recipe, self._step)]
+        made = [self._ready(next(stream)) for _ in range(self._recipe.accumulate)]
         self._step += 1
         return made
-
-    @property
-    def _place(self) -> int:
-        """The step whose crops the present one gets."""
-        again_after = self._recipe.data.again_after
-        return self._step % again_after if again_after else self._step
 
     def close(self) -> None:
         """End the processes that make crops."""
@@ -86,7 +63,7 @@ class StepCrops:
 
     def _ready(self, batch: Batch) -> Crops:
         crops = on_device(batch, self._device)
-        texts = blank_some(self._recipe, self._place, batch.local_texts, batch.global_texts, batch.first)
+        texts = blank_some(self._recipe, self._step, batch.local_texts, batch.global_texts, batch.first)
         # Draws go by the run's step, not by how often this size of crops came before.
         return replace(crops, step=self._step, local_texts=texts[0], global_texts=texts[1])
 

@@ -32,8 +32,6 @@ class Crops:
     """Bad crops as they are, in [0, 1]; for "judge" and "enlarge" steps."""
     looks: tuple[Looks | None, ...] = ()
     """For each crop what its bad version looks like; None: nobody knows."""
-    place: int | None = None
-    """Where crops come again (`data.again_after`): the step that had these first."""
 
 
 class Outcome(NamedTuple):

@@ -27,7 +27,6 @@ from dreamsr_cli.training.both_stages import draw_texture, encoded, remove, text
 from dreamsr_cli.training.grain_steps import grain_step
 from dreamsr_cli.training.looks_steps import enlarge_step, judge_step
 from dreamsr_cli.training.networks import Networks
-from dreamsr_cli.training.polish_steps import polish_step
 from dreamsr_cli.training.recipe import PAPERS_GAN, Recipe
 from dreamsr_cli.training.stages import CONTROL
 from dreamsr_cli.training.step_data import Crops, Outcome
@@ -71,8 +70,6 @@ def run_step(
             return judge_step(networks, crops)
         case "enlarge":
             return enlarge_step(networks, recipe, crops)
-        case "polish":
-            return polish_step(networks, recipe, perceptual, crops)
         case "grain":
             return grain_step(networks, recipe, perceptual, crops)
     raise ValueError(f"no step of kind {kind!r}")

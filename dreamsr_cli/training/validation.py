@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -16,19 +15,17 @@ from dreamsr_cli.training.crops import batches
 from dreamsr_cli.training.grain_steps import grain_figures
 from dreamsr_cli.training.looks_steps import enlarged, judged
 from dreamsr_cli.training.networks import Networks
-from dreamsr_cli.training.polish_steps import polish_figures
 from dreamsr_cli.training.recipe import Recipe
 from dreamsr_cli.training.sources import Source
 from dreamsr_cli.training.stages import Stage
 from dreamsr_cli.training.step_crops import crop_settings, on_device
-from dreamsr_cli.training.step_data import Crops
 
 CROPS = 16
 """Held-out crops of the first plan's size."""
 JUDGED = 96
 """Held-out crops for a judge, which needs many and takes little time for each."""
-AFTERWARDS = 48
-"""Held-out crops for polish and grain, whose figures differ little."""
+GRAINED = 48
+"""Held-out crops for grain, whose figures differ little."""
 BATCH = 8
 """Crops at once, at most."""
 TEXTURE_T = (0.2, 0.8)
@@ -42,8 +39,7 @@ def validate(
     """Mean PSNR in dB (RGB, peak 1) and perceptual distance of the enlarged input ("cubic") and of stage 1
     ("removed") and of both stages ("textured"), and the mean squared error of the predicted clean latent at fixed
     times; for stage autoencoder the round trip's PSNR, for stage cleanliness how often and how surely it is right, for
-    stage enlarger the PSNR of the cubic and of the enlarger, for stages polish and grain what `polish_figures` and
-    `grain_figures` say.
+    stage enlarger the PSNR of the cubic and of the enlarger, for stage grain what `grain_figures` says.
     Called under the run's mixed precision."""
     plan = recipe.data.crops[0]
     settings, sampling = crop_settings(recipe, 0, held_out=True), networks.config.sampling
@@ -51,9 +47,8 @@ def validate(
         return _judged(networks, recipe, source)
     if stage.enlarges:
         return _enlarged(networks, recipe, source)
-    if stage.polishes or stage.grains:
-        figures_of = polish_figures if stage.polishes else grain_figures
-        return _afterwards(networks, recipe, source, perceptual, figures_of)
+    if stage.grains:
+        return _grained(networks, recipe, source, perceptual)
     figures: dict[str, list[float]] = {}
 
     def add(name: str, value: torch.Tensor | float) -> None:
@@ -133,18 +128,12 @@ def _enlarged(networks: Networks, recipe: Recipe, source: Source) -> dict[str, f
     return {name: float(torch.stack(values).mean()) for name, values in found.items()}
 
 
-def _afterwards(
-    networks: Networks,
-    recipe: Recipe,
-    source: Source,
-    perceptual: Perceptual | None,
-    figures_of: Callable[[Networks, Recipe, Perceptual | None, Crops], dict[str, float]],
-) -> dict[str, float]:
-    """Figures of held-out crops, degraded as training crops are, without and with what comes after both stages."""
+def _grained(networks: Networks, recipe: Recipe, source: Source, perceptual: Perceptual | None) -> dict[str, float]:
+    """Figures of held-out crops, degraded as training crops are, without and with grain."""
     figures: dict[str, list[float]] = {}
     stream = batches(source, crop_settings(recipe, 0, held_out=True, mixed=True), BATCH, workers=0)
-    for _ in range(AFTERWARDS // BATCH):
-        found = figures_of(networks, recipe, perceptual, on_device(next(stream), networks.device))
+    for _ in range(GRAINED // BATCH):
+        found = grain_figures(networks, recipe, perceptual, on_device(next(stream), networks.device))
         for name, value in found.items():
             figures.setdefault(name, []).append(value)
     stream.close()
