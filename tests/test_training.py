@@ -17,11 +17,11 @@ from tiny_models import CPU, RECIPE
 
 from dreamsr_cli import draws
 from dreamsr_cli.cli.app import run as dreamsr
-from dreamsr_cli.errors import TrainingError
+from dreamsr_cli.errors import ConfigError, TrainingError
 from dreamsr_cli.models.bundle import PARTS, open_bundle
 from dreamsr_cli.progress import SilentProgress
 from dreamsr_cli.training.optimisers import Masters
-from dreamsr_cli.training.recipe import CropPlan, Recipe
+from dreamsr_cli.training.recipe import CropPlan, Recipe, load_recipe
 from dreamsr_cli.training.stages import STAGES
 from dreamsr_cli.training.trainer import TrainJob, TrainResult, train
 
@@ -191,6 +191,18 @@ def test_a_stage_changes_what_it_trains_and_nothing_else(job, tiny_bundle) -> No
             transform = {"mean_K", "basis_CK", "gain_C"} & before.keys() if stage == "backbone" else set()
             assert all(torch.equal(before[k], after[k]) for k in transform)
         assert found == changed
+
+
+def test_a_run_may_begin_with_fewer_single_blocks(job, tiny_bundle) -> None:
+    result = go(job(recipe=replace(RECIPE, sizes=replace(RECIPE.sizes, single_cut=1)), max_steps=0))
+    file = Path("transformer") / "diffusion_pytorch_model.safetensors"
+    before, after = (load_file(folder / file) for folder in (tiny_bundle, result.bundle))
+    assert after.keys() == {name for name in before if not name.startswith("single_transformer_blocks.1.")}
+    assert all(torch.equal(after[name], before[name]) for name in after)
+    opened = open_bundle(str(result.bundle)).open_restorer(CPU, torch.float32, mask_pads=True)
+    assert opened.lora is not None and len(opened.dit.transformer.single_transformer_blocks) == 1
+    with pytest.raises(ConfigError, match="single_cut is -1"):
+        load_recipe("mini", ["sizes.single_cut=-1"])
 
 
 def test_what_ships_are_the_averaged_weights(job) -> None:

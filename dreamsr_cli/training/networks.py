@@ -266,6 +266,7 @@ def _from_bundle(recipe: Recipe, start: Bundle) -> Networks:
             f"{start.config.name} has no LoRA, or a ControlNet of another kind",
             "start from a complete bundle of our own",
         )
+    _keep_single_blocks(restorer.dit.transformer, recipe.sizes.single_cut)
     return Networks(
         restorer.dit.transformer,
         restorer.controlnet,
@@ -277,6 +278,14 @@ def _from_bundle(recipe: Recipe, start: Bundle) -> Networks:
         replace(recipe.bundle_config(), control=start.config.control),
         start.open_cleanliness(),
     )
+
+
+def _keep_single_blocks(transformer: FluxTransformer2DModel, count: int) -> None:
+    """The first `count` of its single blocks, with what the LoRA changes in them; all of them for 0."""
+    blocks = transformer.single_transformer_blocks
+    if 0 < count < len(blocks):
+        transformer.single_transformer_blocks = blocks[:count]
+        transformer.register_to_config(num_single_layers=count)
 
 
 def build_on(

@@ -49,6 +49,8 @@ class ModelSizes:
     """Power of a component's standard deviation it is divided by."""
     lora_rank: int = 16
     """Rank of a fresh Restoration Acceleration LoRA."""
+    single_cut: int = 0
+    """Single blocks with which stage backbone begins from a transformer that is there: the first ones stay. 0: all."""
     lora_cut: int = 0
     """Rank with which stages restoration and joint begin from a LoRA that is there: what it changes most stays
     (truncated SVD). 0: all of it."""
@@ -278,6 +280,8 @@ def _check(recipe: Recipe, where: str) -> None:
         raise ConfigError(
             f"{where}: sizes.rope_axes sum to {sum(sizes.rope_axes)}, not head_dim", "correct one of them"
         )
+    if sizes.single_cut < 0:
+        raise ConfigError(f"{where}: sizes.single_cut is {sizes.single_cut}", "use a count, or 0 to keep all blocks")
     if sizes.lora_cut < 0:
         raise ConfigError(f"{where}: sizes.lora_cut is {sizes.lora_cut}", "use a rank, or 0 to keep all of it")
     control_map = recipe.control.map
