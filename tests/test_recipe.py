@@ -22,7 +22,7 @@ def test_mini_is_the_built_in_model() -> None:
     recipe = load_recipe("mini")
     assert recipe.name == "mini" and recipe.control.map == (0, None, 1, None)
     sizes = recipe.sizes
-    assert (sizes.double_blocks, sizes.single_blocks, sizes.heads * sizes.head_dim) == (4, 2, 256)
+    assert (sizes.double_blocks, sizes.single_blocks, sizes.heads * sizes.head_dim) == (4, 4, 256)
     config = recipe.bundle_config()
     assert config.control == recipe.control and config.sampling == recipe.sampling and config.parts == {}
 
