@@ -194,13 +194,17 @@ def test_a_stage_changes_what_it_trains_and_nothing_else(job, tiny_bundle) -> No
 
 
 def test_a_run_may_begin_with_fewer_single_blocks(job, tiny_bundle) -> None:
-    result = go(job(recipe=replace(RECIPE, sizes=replace(RECIPE.sizes, single_cut=1)), max_steps=0))
+    cut = replace(RECIPE, sizes=replace(RECIPE.sizes, single_cut=1))
+    result = go(job(recipe=cut, max_steps=0))
     file = Path("transformer") / "diffusion_pytorch_model.safetensors"
     before, after = (load_file(folder / file) for folder in (tiny_bundle, result.bundle))
     assert after.keys() == {name for name in before if not name.startswith("single_transformer_blocks.1.")}
     assert all(torch.equal(after[name], before[name]) for name in after)
     opened = open_bundle(str(result.bundle)).open_restorer(CPU, torch.float32, mask_pads=True)
     assert opened.lora is not None and len(opened.dit.transformer.single_transformer_blocks) == 1
+    trained = load_file(go(job(recipe=cut, out="trained", max_steps=2)).bundle / file)
+    assert trained.keys() == after.keys()
+    assert any(not torch.equal(trained[name], after[name]) for name in after if name.startswith("single_"))
     with pytest.raises(ConfigError, match="single_cut is -1"):
         load_recipe("mini", ["sizes.single_cut=-1"])
 
