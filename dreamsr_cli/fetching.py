@@ -12,6 +12,7 @@ import os
 import queue
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ READY, MISSING, PARTIAL, ALTERED, DOUBTFUL = "ready", "missing", "partial", "alt
 MIB = 1 << 20
 _SPARE_BYTES = 64 * MIB
 _WATCH_SECONDS = 0.5
+_GRACE_SECONDS = 5.0
+"""How long downloads under way may take to end after another one failed."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +223,8 @@ def _place(source: Path, target: Path) -> None:
 
 
 def _download(entry: LockEntry, wanted: list[FileState], settings: FetchSettings, progress: Progress) -> None:
-    """Several files at once. The threads are daemons: Ctrl-C ends the process at once, what arrived stays."""
+    """Several files at once. The threads are daemons: Ctrl-C ends the process at once, what arrived stays. After an
+    error what is under way has `_GRACE_SECONDS` to end; a longer download goes on where it was next time."""
     progress.phase(f"fetch {entry.name} (MiB)", max(1, sum(state.row.size or 0 for state in wanted) // MIB))
     todo: queue.SimpleQueue[FileState] = queue.SimpleQueue()
     done: queue.SimpleQueue[DreamSRError | Exception | None] = queue.SimpleQueue()
@@ -240,8 +244,9 @@ def _download(entry: LockEntry, wanted: list[FileState], settings: FetchSettings
             except Exception as error:
                 done.put(error)
 
-    for _ in range(min(settings.workers, len(wanted))):
-        threading.Thread(target=work, daemon=True).start()
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(settings.workers, len(wanted)))]
+    for thread in threads:
+        thread.start()
     meter = _Meter(wanted, progress)
     errors: list[Exception] = []
     finished = 0
@@ -257,6 +262,10 @@ def _download(entry: LockEntry, wanted: list[FileState], settings: FetchSettings
             errors.append(outcome)
             stop.set()
     if errors:
+        # The caller may look at the folder or fetch again, so what ends soon doesn't write behind its back.
+        latest = time.monotonic() + _GRACE_SECONDS
+        for thread in threads:
+            thread.join(max(0.0, latest - time.monotonic()))
         raise errors[0]
 
 

@@ -46,6 +46,8 @@ class HubState:
     address: str = ""
     slow: float = 0.0
     """Seconds to wait before each 16 KiB of content."""
+    late: dict[str, float] = field(default_factory=dict)
+    """Path -> seconds to wait before its content."""
 
     def add(self, name: str, folder: Path, **options: Any) -> Repository:
         """A repository made of the files below `folder`."""
@@ -160,6 +162,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
+        if self.command == "GET":
+            time.sleep(self.hub.late.get(path, 0.0))
         self._send(status, body, headers)
 
     def _send(self, status: int, body: bytes, headers: dict[str, str], length: int | None = None) -> None:
