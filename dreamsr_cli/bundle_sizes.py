@@ -11,7 +11,7 @@ from typing import Any
 from dreamsr_cli import counting, counting_bytes
 from dreamsr_cli.config import BundleConfig
 from dreamsr_cli.counting import BlockSizes, ContextSizes, TextSizes
-from dreamsr_cli.counting_pixels import AutoencoderSizes, GrainSizes
+from dreamsr_cli.counting_pixels import AutoencoderSizes, CleanerSizes, GrainSizes
 from dreamsr_cli.errors import WeightsError
 from dreamsr_cli.text_buckets import BYTE_BUCKETS, T5_BUCKETS, asked_bucket
 from dreamsr_cli.weights import weights_folder
@@ -34,6 +34,8 @@ class BundleSizes:
     max_text_tokens: int
     grain: GrainSizes | None
     """None for a bundle without grain."""
+    cleaner: CleanerSizes | None
+    """None for a bundle without one."""
     control_is_clean: bool
     """Control features don't depend on the step, so they may be kept."""
 
@@ -128,6 +130,7 @@ def read_sizes(config: BundleConfig, part_folder: Callable[[str], Path]) -> Bund
             text=known.text(),
             max_text_tokens=config.defaults.max_text_tokens,
             grain=GrainSizes(known.of("grain")) if "grain" in parts else None,
+            cleaner=CleanerSizes(known.of("cleaner")) if "cleaner" in parts else None,
             control_is_clean=control.timestep == "clean",
         )
     except (KeyError, TypeError, ValueError) as error:

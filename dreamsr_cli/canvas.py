@@ -15,10 +15,10 @@ import torch
 from dreamsr_cli.images import Photo
 from dreamsr_cli.journal import Piece
 from dreamsr_cli.journal_files import RowFile
-from dreamsr_cli.models.autoencoder import NONE_SPARE, STRIDE, Autoencoder, Refiner
-from dreamsr_cli.models.enlarger import EnlargedRows
+from dreamsr_cli.models.autoencoder import NONE_SPARE, STRIDE, Autoencoder
+from dreamsr_cli.models.fourfold import FourfoldRows
 from dreamsr_cli.overlap import prefetched
-from dreamsr_cli.progress import Progress, SilentProgress
+from dreamsr_cli.progress import Progress
 from dreamsr_cli.resample import resize_rows
 from dreamsr_cli.tiling import TileGrid
 from dreamsr_cli.work_sharing import Job, SharedWork
@@ -63,26 +63,13 @@ class EnlargedPhoto:
         return np.clip(resize_rows(read, info.height, info.width, self.height, self.width, top, bottom), 0, 1)[..., 0]
 
 
-class UndamagedPhoto(EnlargedPhoto):
-    """An undamaged photo at the target size by the bundle's enlarger: what is encoded instead of stage 1's result."""
+class FourfoldPhoto(EnlargedPhoto):
+    """A photo at the target size by the bundle's enlarger or cleaner: what is encoded instead of stage 1's result."""
 
-    def __init__(
-        self,
-        photo: Photo,
-        width: int,
-        height: int,
-        network: Refiner,
-        device: torch.device,
-        progress: Progress | None = None,
-    ) -> None:
-        """`progress`: where this is a phase of its own."""
+    def __init__(self, photo: Photo, width: int, height: int, rows: FourfoldRows) -> None:
+        """`rows`: of that size."""
         super().__init__(photo, width, height)
-        info = photo.info
-        told = SilentProgress() if progress is None else progress
-        self._rows = EnlargedRows(
-            network, photo.read_rows, info.height, info.width, height, width, device, on_strip=told.advance
-        )
-        told.phase("enlarge", self._rows.strips)
+        self._rows = rows
 
     def read_rows(self, top: int, bottom: int) -> np.ndarray:
         return self._rows.read_rows(top, bottom)

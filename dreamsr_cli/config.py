@@ -232,8 +232,8 @@ class UpscaleConfig:
     """Finest texture, drawn from the seed and added to the result: 0 none, 1 as much as the bundle's network says, up
     to 2; None: the bundle's where there is such a network and texture is asked for, else 0."""
     removal: bool | None = None
-    """Run stage 1; False starts texture from z_lq (ablation); None: if the bundle has a Restoration LoRA, and for
-    photos that don't look damaged its enlarger instead."""
+    """Run stage 1; False starts texture from z_lq (ablation); None: the bundle's cleaner instead, for photos that don't
+    look damaged its enlarger, and stage 1 where it has neither and a Restoration LoRA."""
     precision: str = "auto"
     """"auto", "fp32", "bf16" or "fp16": dtype of the networks. auto: bf16 where the device computes it natively,
     else fp32."""

@@ -161,6 +161,41 @@ class GrainSizes:
         return 9 * width * (2 * 3 * FOLD**2 + 2 * blocks * width + self.BANDS * FOLD**2)
 
 
+@dataclass(frozen=True)
+class CleanerSizes:
+    """What cleans damaged photos (`models/cleaner.py`), by its config.json. Rows and columns are the photo's."""
+
+    config: Mapping[str, Any]
+
+    STRIP = 128
+    """Rows of a strip (`cleaner.CleanedRows.STRIP`)."""
+
+    def flops(self, rows: int, columns: int) -> int:
+        """Cleaning a photo once, strip by strip with what surrounds each."""
+        return round(2 * sum(self._extents(rows)) * columns * sum(share * n for share, n, _ in self._layers()))
+
+    def moved_values(self, rows: int, columns: int) -> int:
+        """Activations read and written, layer by layer, and weights once a strip."""
+        strips, layers = self._extents(rows), self._layers()
+        values = sum(strips) * columns * sum(share * channels for share, _, channels in layers)
+        return round(values) + len(strips) * sum(weights for _, weights, _ in layers)
+
+    def _extents(self, rows: int) -> list[int]:
+        full, half, quarter = self.config["blocks"]
+        reach = -(-(6 + 4 * full + 8 * half + 8 * quarter) // 4) * 4
+        return [min(rows, top + self.STRIP + reach) - max(0, top - reach) for top in range(0, rows, self.STRIP)]
+
+    def _layers(self) -> list[tuple[float, int, int]]:
+        """(cells per pixel of the photo, weights per cell, channels read and written) of each convolution in turn."""
+        (full, half, quarter), blocks = self.config["widths"], self.config["blocks"]
+        sizes = ((1.0, full, 2 * blocks[0]), (1 / 4, half, 2 * blocks[1]), (1 / 16, quarter, blocks[2]))
+        within = [(share, 9 * w * w, 2 * w) for share, w, count in sizes for _ in range(2 * count)]
+        ends = [(1.0, 9 * 3 * full, 3 + full), (1.0, 9 * full * 3 * FOLD**2, full + 3 * FOLD**2)]
+        # A kernel of 2 x 2 reads or writes four cells for one at the smaller size.
+        between = [(1 / 4, 4 * full * half, 4 * full + half), (1 / 16, 4 * half * quarter, 4 * half + quarter)]
+        return [*within, *ends, *between, *between]
+
+
 # ---------------------------------------------------------------- AutoencoderKL by layer
 
 

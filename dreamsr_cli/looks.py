@@ -1,8 +1,9 @@
 """What a photo looks like settles what nobody said: whether it was damaged, or only has too few pixels.
 
-A damaged photo goes through stage 1. A clean one has nothing to be removed: the bundle's enlarger takes the place of
-stage 1, and the result is made to agree with the photo. So it is for a photo that is clean but for a fair JPEG, only
-that the result agrees with what the enlarger made of it: its pixels would bring the JPEG back (docs/method.md).
+A damaged photo goes through the bundle's cleaner, or where it has none through stage 1. A clean one has nothing to be
+removed: the bundle's enlarger takes the place of both, and the result is made to agree with the photo. So it is for a
+photo that is clean but for a fair JPEG, only that the result agrees with what the enlarger made of it: its pixels would
+bring the JPEG back (docs/method.md).
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ LEAST_FACTOR = 2.0
 def settle_looks(
     photo: Photo, width: int, settings: Settings, judge: Cleanliness | None
 ) -> tuple[Settings, str | None]:
-    """Settings for this photo, to become `width` pixels wide, with `looks`, `consistency`, `enlarger` and `removal`
-    settled; and a sentence for people where the photo was judged to be better than damaged. A function of photo,
-    settings and judge alone; `judge` None: nobody can tell."""
+    """Settings for this photo, to become `width` pixels wide, with `looks`, `consistency`, `enlarger`, `cleaner` and
+    `removal` settled; and a sentence for people where the photo was judged to be better than damaged. A function of
+    photo, settings and judge alone; `judge` None: nobody can tell."""
     info = photo.info
     large = width >= LEAST_FACTOR * info.width
     chances: dict[str, float] = {settings.looks: 1.0}
@@ -39,6 +40,7 @@ def settle_looks(
             chances = chances_of_looks(judge, photo.read_rows, info.height, info.width)
     looks = _looks(chances)
     enlarger = looks != "damaged" if settings.enlarger is None else settings.enlarger
+    cleaner = looks == "damaged" if settings.cleaner is None else settings.cleaner
     amount = settings.consistency
     if amount is None:
         keeps = {"clean": chances.get("clean", 0.0), "compressed": float(enlarger)}
@@ -46,7 +48,12 @@ def settle_looks(
     if looks == "compressed" and enlarger and settings.strength == 0:
         amount = 0.0  # the result is what it would keep to
     settled = dataclasses.replace(
-        settings, looks=looks, consistency=amount, enlarger=enlarger, removal=settings.removal and not enlarger
+        settings,
+        looks=looks,
+        consistency=amount,
+        enlarger=enlarger,
+        cleaner=cleaner,
+        removal=settings.removal and not enlarger and not cleaner,
     )
     sentence = None
     if settings.looks == AUTO and looks != "damaged":

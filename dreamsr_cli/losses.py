@@ -56,6 +56,12 @@ def pixel_distance(x_BCPQ: torch.Tensor, target_BCPQ: torch.Tensor, kind: str = 
     raise ValueError(f"pixel distance {kind!r}: expected mse or charbonnier")
 
 
+def rounded_distance(x_BCPQ: torch.Tensor, target_BCPQ: torch.Tensor, knee: float) -> torch.Tensor:
+    """Mean Charbonnier distance of pixel values on [0, 1] with a wide corner: below `knee` errors count by their square
+    over twice the knee, beyond it by their size, so that neither small errors nor a few large ones decide alone."""
+    return (((x_BCPQ - target_BCPQ).square() + knee**2).sqrt() - knee).mean()
+
+
 def pixel_loss(
     decoded_BCPQ: torch.Tensor,
     target_BCPQ: torch.Tensor,

@@ -13,18 +13,21 @@ import numpy as np
 import torch
 
 from dreamsr_cli.backoff import WorkPlan, place_weights, settle
-from dreamsr_cli.canvas import STRIP, DecodedCanvas, UndamagedPhoto, encode
+from dreamsr_cli.canvas import STRIP, DecodedCanvas, EnlargedPhoto, FourfoldPhoto, encode
 from dreamsr_cli.colour import fix_strips, reads
 from dreamsr_cli.consistency import ConsistentRows
 from dreamsr_cli.grained import GrainedRows
 from dreamsr_cli.journal_files import RowFile
+from dreamsr_cli.models.cleaner import FAITHFUL, PLEASING, CleanedRows
 from dreamsr_cli.models.compiling import compile_blocks, compile_errors, compiled_code
+from dreamsr_cli.models.enlarger import EnlargedRows
+from dreamsr_cli.models.fourfold import FourfoldRows
 from dreamsr_cli.models.open_parts import RESTORER, OpenParts
 from dreamsr_cli.models.quantization import MemoryMode, cannot_run
 from dreamsr_cli.overlap import beside
 from dreamsr_cli.phase_sharing import BundleId, DecodeSetup, TileSetup
 from dreamsr_cli.photo_job import PhotoJob
-from dreamsr_cli.progress import Progress
+from dreamsr_cli.progress import Progress, SilentProgress
 from dreamsr_cli.resample import ReadRows
 from dreamsr_cli.sampler import ENCODE, PIXELS, REMOVE, Sampler, texture_name
 from dreamsr_cli.tile_work import Texts
@@ -42,8 +45,8 @@ def restore(
     crew: Crew | None = None,
 ) -> RowFile | None:
     """z_0 of the canvas: encode, remove, renoise, texture. Each network is opened for its turn, and freed after it
-    unless all fit. `embed` gives the photo's texts, and whether their padding is masked. None for an undamaged photo
-    that gets no texture: its pixels come from the enlarger."""
+    unless all fit. `embed` gives the photo's texts, and whether their padding is masked. None where cleaner or
+    enlarger alone make the result (`PhotoJob.is_enlarged_only`)."""
     if job.is_enlarged_only:
         return None
     settings, journal, shape = job.settings, job.journal, job.shape
@@ -69,7 +72,7 @@ def restore(
     with _shared(None if settings.strength == 0 and not settings.removal else crew, setup, progress) as shared:
         if not journal.has("z_dr"):
             encoded = journal.piece("z_lq" if settings.removal else "z_dr", ENCODE, shape)
-            source = _undamaged_photo(job, parts) if settings.enlarger else job.enlarged
+            source = _fourfold_photo(job, parts) if settings.enlarger or settings.cleaner else job.enlarged
             encode(source, job.grid, parts.autoencoder(), encoded, parts.device, progress)
             parts.release()
         if journal.has(last):
@@ -146,6 +149,11 @@ def write_pixels(
     """Decode (or enlarge, where z_0 is None), fix colours and hand to the writer, strip by strip, from the first strip
     that isn't in the journal. One strip is fixed and written while the next is decoded."""
     settings, journal, enlarged, writer = job.settings, job.journal, job.enlarged, job.open_writer()
+    # The cleaner's photo has the photo's colours without its noise.
+    made = _fourfold_photo(job, parts, progress) if z_0 is None else None
+    coloured: EnlargedPhoto = enlarged
+    if settings.cleaner:
+        coloured = made or _fourfold_photo(job, parts)
     start, height, width = journal.progress(PIXELS), enlarged.height, enlarged.width
 
     def fix(take: Callable[[tuple[int, int]], np.ndarray]) -> None:
@@ -155,7 +163,7 @@ def write_pixels(
             height,
             width,
             lambda first, last: take((first, last)),
-            enlarged.read_rows,
+            coloured.read_rows,
             STRIP,
             start,
         ):
@@ -165,7 +173,7 @@ def write_pixels(
             journal.sync_sometimes(writer)
 
     def write(read_result: ReadRows) -> None:
-        like = _undamaged_photo(job, parts) if job.keeps_to_enlarger else None
+        like = _fourfold_photo(job, parts) if job.keeps_to_enlarger else None
         consistent = ConsistentRows(read_result, enlarged, settings.consistency or 0.0, like)
         network = parts.grain() if settings.grain else None
         rows = GrainedRows(consistent.read_rows, enlarged, network, settings.grain, settings.seed, parts.device)
@@ -173,7 +181,8 @@ def write_pixels(
         beside(((asked, rows.read_rows(*asked)) for asked in wanted), fix)
 
     if z_0 is None:
-        write(_undamaged_photo(job, parts, progress).read_rows)
+        assert made is not None
+        write(made.read_rows)
         return
     restored = settings.strength == 0
     decoders = DecodeSetup(BundleId.of(job.bundle), settings.device, settings.precision, width, restored)
@@ -182,9 +191,21 @@ def write_pixels(
         write(decoded.read_rows)
 
 
-def _undamaged_photo(job: PhotoJob, parts: OpenParts, progress: Progress | None = None) -> UndamagedPhoto:
-    network = parts.enlarging_refiner(job.settings.looks)
-    return UndamagedPhoto(job.photo, job.work.width, job.work.height, network, parts.device, progress)
+def _fourfold_photo(job: PhotoJob, parts: OpenParts, progress: Progress | None = None) -> FourfoldPhoto:
+    """What cleaner or enlarger make of the photo; to be asked for again after `parts.release`. `progress`: where this
+    is a phase of its own."""
+    settings, photo, work = job.settings, job.photo, job.work
+    told = SilentProgress() if progress is None else progress
+    sizes = (photo.info.height, photo.info.width, work.height, work.width)
+    rows: FourfoldRows
+    if settings.cleaner:
+        manner = FAITHFUL if settings.strength == 0 else PLEASING
+        rows = CleanedRows(parts.cleaner(), manner, photo.read_rows, *sizes, parts.device, told.advance)
+    else:
+        network = parts.enlarging_refiner(settings.looks)
+        rows = EnlargedRows(network, photo.read_rows, *sizes, parts.device, told.advance)
+    told.phase("clean" if settings.cleaner else "enlarge", rows.strips)
+    return FourfoldPhoto(photo, work.width, work.height, rows)
 
 
 def _shared(

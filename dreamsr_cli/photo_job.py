@@ -186,8 +186,8 @@ class PhotoJob:
 
     @property
     def is_enlarged_only(self) -> bool:
-        """Whether the enlarger alone makes the result: a photo that isn't damaged, and no texture asked for."""
-        return bool(self.settings.enlarger) and self.settings.strength == 0
+        """Whether cleaner or enlarger alone make the result: no texture is asked for."""
+        return bool(self.settings.enlarger or self.settings.cleaner) and self.settings.strength == 0
 
     @property
     def keeps_to_enlarger(self) -> bool:

@@ -9,7 +9,7 @@ from dreamsr_cli.config import AUTO, CAPTIONERS, LOOKS, PROMPT_MODES, TILINGS, T
 from dreamsr_cli.device import choose_device
 from dreamsr_cli.errors import UsageError
 from dreamsr_cli.memory_choice import decide_memory
-from dreamsr_cli.models.bundle import GRAIN, Bundle
+from dreamsr_cli.models.bundle import CLEANER, GRAIN, Bundle
 from dreamsr_cli.models.compiling import check_compile
 from dreamsr_cli.prompt_fitting import parse_tile_prompts
 from dreamsr_cli.prompts import text_problem
@@ -44,6 +44,8 @@ class Settings:
     """0: none, and so where the bundle has no network for it."""
     enlarger: bool | None
     """Whether the bundle's enlarger takes the place of stage 1; None: where the photo doesn't look damaged."""
+    cleaner: bool | None
+    """Whether the bundle's cleaner takes the place of stage 1; None: where the photo looks damaged."""
     removal: bool
     precision: str
     device: str
@@ -89,8 +91,11 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
     if looks == AUTO and "cleanliness" not in bundle.config.parts:
         looks = "damaged"
     enlarger = None if looks == AUTO else looks != "damaged"
+    cleaner = None if enlarger is None else not enlarger
     if "enlarger" not in bundle.config.parts or config.removal is not None:
         enlarger = False
+    if CLEANER not in bundle.config.parts or config.removal is not None:
+        cleaner = False
     has_grain = GRAIN in bundle.config.parts
     settings = Settings(
         scale=config.scale if sized else pick(config.scale, float(bundle.config.scale)),
@@ -111,7 +116,8 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
         consistency=0.0 if config.consistency is None and looks == "damaged" else config.consistency,
         grain=pick(config.grain, defaults.grain if has_grain and pick(config.strength, sampling.t_start) > 0 else 0.0),
         enlarger=enlarger,
-        removal=pick(config.removal, "lora" in bundle.config.parts and not enlarger),
+        cleaner=cleaner,
+        removal=pick(config.removal, "lora" in bundle.config.parts and not enlarger and not cleaner),
         precision=config.precision,
         device=config.device,
         tile_batch=memory.tile_batch,

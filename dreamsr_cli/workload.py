@@ -9,7 +9,7 @@ from typing import Protocol
 from dreamsr_cli import counting
 from dreamsr_cli.batch_choice import automatic_batch
 from dreamsr_cli.bundle_sizes import BundleSizes
-from dreamsr_cli.counting_pixels import STRIDE, GrainSizes
+from dreamsr_cli.counting_pixels import FOLD, STRIDE, CleanerSizes, GrainSizes
 from dreamsr_cli.images import PhotoInfo
 from dreamsr_cli.machine import Machine
 from dreamsr_cli.memory_plan import WEIGHT_BYTES, Phase, PhaseWork, phases
@@ -79,6 +79,8 @@ class Settings(Protocol):
     def grain(self) -> float: ...
     @property
     def enlarger(self) -> bool | None: ...
+    @property
+    def cleaner(self) -> bool | None: ...
     @property
     def quantize(self) -> str: ...
     @property
@@ -236,7 +238,7 @@ class Workload:
             "remove": removals,
             "texture_control": self._texture_controls(),
             "texture": self.texture_batches * self.steps,
-            **self._strip_phases(strips, strips),
+            **self._strip_phases(strips, strips, -(-self._photo[0] // CleanerSizes.STRIP)),
         }
 
     def flops(self) -> dict[str, int]:
@@ -259,9 +261,11 @@ class Workload:
             coder.decode_flops(rows, width, spare)
             for rows, spare in zip(self._extents(coder.halo), self._spare(coder.halo), strict=True)
         )
+        cleaner = self._cleaner
+        cleaning = 0 if cleaner is None else cleaner.flops(*self._photo)
         grain = 0 if self._grain is None else self._grain.flops(self.grid.canvas_height, width)
         return {phase: count * each[phase] for phase, count in self.calls().items() if phase in each} | {
-            **self._strip_phases(sum(coder.encode_flops(rows, width) for rows in encoding), decoding, grain),
+            **self._strip_phases(sum(coder.encode_flops(rows, width) for rows in encoding), decoding, cleaning, grain),
         }
 
     def moved(self) -> dict[str, int]:
@@ -289,12 +293,13 @@ class Workload:
         encoded = sum(coder.moved_values(rows, width, encode=True) for rows in encoding) + weights
         decoded = sum(coder.moved_values(rows, width) for rows in self._extents(coder.halo)) + weights
         text = sizes.text
+        cleaned = 0 if self._cleaner is None else self._cleaner.moved_values(*self._photo)
         grained = 0 if self._grain is None else self._grain.moved_values(self.grid.canvas_height, width)
         per_weight = item if quantized is None else quantized
         texts = (text.parameters - text.blocks) * item + int(text.blocks * per_weight)
         return {phase: count * each[phase] for phase, count in self.calls().items() if phase in each} | {
             "text": texts,
-            **self._strip_phases(encoded * item, decoded * item, grained * item),
+            **self._strip_phases(encoded * item, decoded * item, cleaned * item, grained * item),
         }
 
     def tile_step(self) -> dict[str, int]:
@@ -373,12 +378,27 @@ class Workload:
     def _grain(self) -> GrainSizes | None:
         return self.sizes.grain if self.settings.grain else None
 
-    def _strip_phases(self, encoding: int, decoding: int, grain: int = 0) -> dict[str, int]:
-        """The phases that go strip by strip, from what encoding and decoding all strips once comes to, and what grain
-        on the result does."""
+    @property
+    def _cleaner(self) -> CleanerSizes | None:
+        return self.sizes.cleaner if self.settings.cleaner else None
+
+    @property
+    def _photo(self) -> tuple[int, int]:
+        """Rows and columns that the cleaner sees, as if the photo were enlarged four times."""
+        return -(-self.grid.canvas_height // FOLD), -(-self.grid.canvas_width // FOLD)
+
+    def _strip_phases(self, encoding: int, decoding: int, cleaning: int, grain: int = 0) -> dict[str, int]:
+        """The phases that go strip by strip, from what encoding, decoding and cleaning all strips once comes to, and
+        what grain on the result does."""
         strips = -(-self.grid.canvas_height // self.limits.strip_rows)
         # AdaIN reads the result twice: for its sums, and to be fixed.
         passes = 2 if self.settings.color_fix == "adain" and strips > STRIPS_KEPT else 1
+        if self.settings.cleaner:
+            if not self.steps:
+                return {"clean": (cleaning + grain) * passes, "encode": 0, "decode": 0}
+            # Once more for the colours that the result gets.
+            again = 0 if self.settings.color_fix == "none" else 1
+            return {"clean": cleaning * (1 + again), "encode": encoding, "decode": (decoding + grain) * passes}
         if not self.settings.enlarger:
             return {"encode": encoding, "decode": (decoding + grain) * passes}
         # The same network as decoding's; at x4 also the same size.

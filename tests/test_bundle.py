@@ -23,8 +23,8 @@ from dreamsr_cli.plain_data import from_dict, to_dict
 from dreamsr_cli.training.run_bundle import export
 
 TENSORS = "diffusion_pytorch_model.safetensors"
-PICTURES = tuple(part for part in PARTS if part not in ("cleanliness", "enlarger", "grain"))
-"""What every bundle has; the judge of photos, the enlarger of clean ones and grain are extra (their tests)."""
+PICTURES = tuple(part for part in PARTS if part not in ("cleanliness", "enlarger", "grain", "cleaner"))
+"""What every bundle has; the judge of photos, what enlarges and cleans them and grain are extra (their tests)."""
 
 
 @pytest.fixture(autouse=True)

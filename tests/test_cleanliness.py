@@ -136,7 +136,7 @@ def test_the_run_refers_to_its_base_and_holds_the_judge_alone(trained, tiny_bund
     made, base = open_bundle(None, str(trained)), open_bundle(str(tiny_bundle))
     assert made.open_cleanliness() is not None and base.open_cleanliness() is None
     assert [p.name for p in (trained / "bundle").iterdir() if p.is_dir()] == ["cleanliness"]
-    assert set(made.config.parts) == set(PARTS) - {"enlarger", "grain"}
+    assert set(made.config.parts) == set(PARTS) - {"enlarger", "grain", "cleaner"}
     assert made.part_folder("transformer") == base.part_folder("transformer")
 
 

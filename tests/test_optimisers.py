@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
 from dreamsr_cli.errors import UsageError
+from dreamsr_cli.models.cleaner import FAITHFUL, Cleaner
 from dreamsr_cli.training.optimisers import HIDDEN, Learner, Masters, learning_rate
 
 
@@ -43,6 +45,31 @@ def test_gradients_are_clipped_by_their_common_norm() -> None:
     assert unused is None and a is not None and b is not None
     assert float((a.square().sum() + b.square().sum()).sqrt()) == pytest.approx(1, rel=1e-4)
     assert torch.allclose(a / b, torch.full((4,), 0.75))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_kernels_learn_the_same_in_either_memory_format(kind) -> None:
+    """Masters are contiguous, channels-last networks' gradients aren't: a fused AdamW takes what lies in one place."""
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        made: Any = Cleaner((4, 6, 6), (1, 1, 1))
+        made = made.to(memory_format=layout)
+        learner = Learner(
+            {f"cleaner.{name}": p for name, p in made.named_parameters()}, replace(RECIPE.optim, kind=kind)
+        )
+        photo, wanted = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 64, 64)
+        losses = []
+        for step in range(12):
+            loss = (made(photo.contiguous(memory_format=layout), FAITHFUL) - wanted).square().mean()
+            loss.backward()
+            losses.append(float(loss.detach()))
+            learner.masters.take_gradients(1.0)
+            learner.update(3e-3, step)
+        assert losses[-1] < losses[0]
+        found.append((losses, made.faithful.exit.weight.detach().clone()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-3)
+    assert torch.allclose(found[0][1], found[1][1], atol=2e-4)
 
 
 def test_learning_rate_warms_up_and_decays_to_its_share() -> None:

@@ -25,7 +25,9 @@ def command(
     stage: Annotated[
         str | None,
         typer.Option(
-            "--stage", help="autoencoder, backbone, controlnet, restoration, joint, cleanliness, enlarger or grain."
+            "--stage",
+            help="autoencoder, backbone, controlnet, restoration, joint, cleanliness, enlarger, cleaner, "
+            "cleaner-looks or grain.",
         ),
     ] = None,
     config: Annotated[

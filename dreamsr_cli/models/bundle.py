@@ -26,6 +26,7 @@ from dreamsr_cli.config import BundleConfig, PartConfig
 from dreamsr_cli.errors import ConfigError, WeightsError
 from dreamsr_cli.models.attention import join_attention
 from dreamsr_cli.models.autoencoder import Autoencoder, FluxAutoencoder, PatchAutoencoder, Refiner
+from dreamsr_cli.models.cleaner import Cleaner
 from dreamsr_cli.models.cleanliness import Cleanliness
 from dreamsr_cli.models.conditioned_dit import ConditionedDiT
 from dreamsr_cli.models.context_attention import ContextAttention
@@ -45,6 +46,7 @@ from dreamsr_cli.weights_lock import lock_entry
 CONFIG_FILE = "bundle.json"
 BUILT_IN = ("mini", "flux", "flux-upscaler")
 GRAIN = "grain"
+CLEANER = "cleaner"
 PARTS = (
     "transformer",
     "vae",
@@ -55,6 +57,7 @@ PARTS = (
     "cleanliness",
     "enlarger",
     GRAIN,
+    CLEANER,
 )
 
 
@@ -159,6 +162,13 @@ class Bundle:
         if GRAIN not in self.config.parts:
             return None
         return load_part(Grain, self.part_folder(GRAIN), torch.float32)
+
+    def open_cleaner(self) -> Cleaner | None:
+        """What cleans damaged photos before stage 1, on the CPU in float32 and evaluation mode; None where there is
+        none."""
+        if CLEANER not in self.config.parts:
+            return None
+        return load_part(Cleaner, self.part_folder(CLEANER), torch.float32)
 
     def open_enlarger(self) -> Enlarger | None:
         """What makes a refiner enlarge undamaged photos, on the CPU in float32 and evaluation mode; None where there is

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from dreamsr_cli.config import LOOKS
 from dreamsr_cli.models.autoencoder import Refiner
-from dreamsr_cli.resample import KeptStrips, ReadRows, resize_rows
+from dreamsr_cli.models.fourfold import FACTOR, FourfoldRows
+from dreamsr_cli.resample import ReadRows
 
-FACTOR = Refiner.FOLD
-"""Sides of the enlarged photo over those of the photo: what the refiner folds into channels."""
+assert FACTOR == Refiner.FOLD, "the refiner folds as many pixels into channels as a photo's pixel becomes"
 MANNERS = LOOKS[:2]
 """Looks of photos that it is for: clean and compressed."""
 
@@ -132,16 +132,8 @@ def fingerprint(refiner: Refiner) -> str:
     return digest.hexdigest()[:16]
 
 
-class EnlargedRows:
-    """Rows of a photo enlarged by `network` (`Enlarger.merged`), and then brought to (out_height, out_width) by the
-    antialiased cubic.
-
-    Computed in strips that always lie the same, the last of which are kept: rows come out the same whatever is asked
-    for with them.
-    """
-
-    STRIP = 64
-    """Rows of the photo that are enlarged at a time."""
+class EnlargedRows(FourfoldRows):
+    """Rows of a photo enlarged by `network` (`Enlarger.merged`)."""
 
     def __init__(
         self,
@@ -154,44 +146,15 @@ class EnlargedRows:
         device: torch.device,
         on_strip: Callable[[], None] = lambda: None,
     ) -> None:
-        """`read_photo(top, bottom)`: rows of the photo (height, width), float32 (rows, width, 3) in [0, 1].
-        `on_strip` is called after each strip."""
-        self._network, self._read_photo, self._device = network, read_photo, device
-        self._height, self._width = height, width
-        self._out, self._on_strip = (out_height, out_width), on_strip
-        self._kept = KeptStrips(FACTOR * self.STRIP)
-
-    @property
-    def strips(self) -> int:
-        """How many strips the photo has."""
-        return -(-self._height // self.STRIP)
-
-    def read_rows(self, top: int, bottom: int) -> np.ndarray:
-        """Rows [top, bottom) of the result, float32 (rows, out_width, 3), clipped to [0, 1]."""
-        height, width = FACTOR * self._height, FACTOR * self._width
-        if self._out == (height, width):
-            return self._fourfold(top, bottom)
-        return np.clip(resize_rows(self._fourfold, height, width, *self._out, top, bottom), 0, 1)
-
-    def _fourfold(self, top: int, bottom: int) -> np.ndarray:
-        """Rows [top, bottom) at four times the photo's size."""
-        return self._kept.read_rows(self._strip, top, bottom)
+        """As `FourfoldRows`; `on_strip` is called after each strip."""
+        super().__init__(read_photo, height, width, out_height, out_width)
+        self._network, self._device, self._on_strip = network, device, on_strip
 
     def _strip(self, strip: int) -> np.ndarray:
-        """Rows of one strip at four times the photo's size, clipped to [0, 1]."""
         first, last = strip * self.STRIP, min((strip + 1) * self.STRIP, self._height)
         reach = self._network.reach // FACTOR
         begin, end = max(0, first - reach), min(self._height, last + reach)
-        cubic_PQC = resize_rows(
-            self._read_photo,
-            self._height,
-            self._width,
-            FACTOR * self._height,
-            FACTOR * self._width,
-            FACTOR * begin,
-            FACTOR * end,
-        )
-        cubic_PQC = np.clip(cubic_PQC, 0, 1)
+        cubic_PQC = self._cubic(begin, end)
         cubic_PQC += self._correction(cubic_PQC, (FACTOR * (first - begin), FACTOR * (end - last)))
         self._on_strip()
         return np.clip(cubic_PQC[FACTOR * (first - begin) : FACTOR * (last - begin)], 0, 1)

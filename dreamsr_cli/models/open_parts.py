@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from dreamsr_cli.models.autoencoder import Autoencoder, Refiner
-from dreamsr_cli.models.bundle import GRAIN, Bundle
+from dreamsr_cli.models.bundle import CLEANER, GRAIN, Bundle
+from dreamsr_cli.models.cleaner import Cleaner
 from dreamsr_cli.models.grain import Grain
 from dreamsr_cli.models.quantization import PLAIN, MemoryMode
 from dreamsr_cli.models.restorer import Restorer
@@ -54,6 +55,15 @@ class OpenParts:
             return network.to(self.dtype, memory_format=torch.channels_last)
 
         return self._get(f"{ENLARGER} {looks}", open_part)
+
+    def cleaner(self) -> Cleaner:
+        """See `Bundle.open_cleaner`; the bundle has the part."""
+
+        def open_part() -> Cleaner:
+            network: Any = self.bundle.open_cleaner()
+            return network.to(self.device).to(self.dtype, memory_format=torch.channels_last)
+
+        return self._get(CLEANER, open_part)
 
     def grain(self) -> Grain:
         """See `Bundle.open_grain`; the bundle has the part."""

@@ -64,6 +64,8 @@ class CropSettings:
     """Flips and quarter turns used: 8 all, 2 mirroring only (for prompts and writing), 1 none."""
     candidates: int = 3
     """Crops drawn per sample, one of which is kept with a chance that grows with its gradient energy."""
+    words: bool = True
+    """Whether samples have prompts; else they are empty."""
     detail_words: float = 0.0
     """Chance that the describer's local prompt ends with how much fine detail the good crop has."""
     usm: bool | None = None
@@ -220,7 +222,8 @@ def _try(source: Source, settings: CropSettings, step: int, index: int, attempt:
         if pictures.erased_PQC is not None:
             # sharpening the target would leave the erased picture behind
             erased_PQC, sharpen = turned(cut(pictures.erased_PQC, corner, size), turn), False
-        global_text, local_text = _texts(source, item, hq_PQC, corner, size, turn)
+        if settings.words:
+            global_text, local_text = _texts(source, item, hq_PQC, corner, size, turn)
     if lq_PQC is None:
         preset, crop_index = _preset(settings, step, index), step * SAMPLES_PER_STEP + index
         params = pixel.draw(preset, settings.seed, sha256, crop_index, settings.scale, sharpen)
@@ -229,7 +232,9 @@ def _try(source: Source, settings: CropSettings, step: int, index: int, attempt:
         lq_CPQ = _levels(pixel.degrade(hq_CPQ.float() / 255, params)).numpy()
     else:
         hq_CPQ, lq_CPQ = _levels(hq_CPQ), np.ascontiguousarray(lq_PQC.transpose(2, 0, 1))
-    if full and global_text is not None and whole:
+    if not settings.words:
+        local_text = ""
+    elif full and global_text is not None and whole:
         local_text = global_text
     elif local_text is None:
         crop_PQC = np.ascontiguousarray(hq_CPQ.permute(1, 2, 0).numpy(), np.float32) / 255

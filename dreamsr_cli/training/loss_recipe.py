@@ -23,6 +23,11 @@ class LossRecipe:
     removal_part: float = 1.0
     """Weight of the removal part beside the texture part, stage backbone (ours): LPIPS has by far the larger gradient,
     and what both parts share would learn from it alone."""
+    cleaner_perceptual: float = 0.3
+    """Stage cleaner-looks: weight of LPIPS beside the pixel distance (ours)."""
+    cleaner_knee: float = 0.03
+    """Stages cleaner and cleaner-looks: errors below this count by their square, larger ones by their size; pixels on
+    [0, 1]."""
     grain_perceptual: float = 1.0
     """Stage grain: weight of LPIPS, which wants little of it (ours)."""
     grain_contrast: float = 0.05

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from dreamsr_cli.losses import contrast_distance
 from dreamsr_cli.models.autoencoder import STRIDE, FluxAutoencoder, PatchAutoencoder
+from dreamsr_cli.models.cleaner import FAITHFUL, PLEASING, Cleaner
 from dreamsr_cli.models.enlarger import MANNERS
+from dreamsr_cli.models.fourfold import FACTOR
 from dreamsr_cli.models.grain import MARGIN, Grain
 from dreamsr_cli.models.text_encoder import TextEmbedding
 from dreamsr_cli.training.activations import saved_bytes
@@ -100,7 +102,7 @@ def step_memory(
     `pixel_terms`: count decoder and perceptual distance (eq. 6 and 7); a texture step needs them for the crops with
     t <= 0.2, which may be all of a small batch.
     """
-    if kind in ("judge", "enlarge", "grain"):
+    if kind in ("judge", "enlarge", "clean", "please", "grain"):
         return StepMemory(kind, _small_network_bytes(networks, kind, side), 0, 0)
     decoder = _decoder_bytes(networks, side, trained=kind == "reconstruct") if pixel_terms else 0
     if kind == "reconstruct":
@@ -187,7 +189,8 @@ def _decoder_bytes(networks: MetaNetworks, side: int, trained: bool) -> int:
 
 
 def _small_network_bytes(networks: MetaNetworks, kind: str, side: int) -> int:
-    """Bytes kept by judging one bad crop at its own size, by enlarging one, or by adding grain to a finished one."""
+    """Bytes kept by judging one bad crop at its own size, by enlarging or cleaning one, or by adding grain to
+    a finished one."""
     enlarger, autoencoder = networks.enlarger, networks.autoencoder
     if kind == "enlarge":
         if enlarger is None or not isinstance(autoencoder, PatchAutoencoder):
@@ -196,11 +199,24 @@ def _small_network_bytes(networks: MetaNetworks, kind: str, side: int) -> int:
         return saved_bytes(lambda: enlarger(autoencoder.refiner, cubic, MANNERS[0]).sum(), [enlarger])
     if kind == "grain":
         return 0 if networks.grain is None else _grain_bytes(networks.grain, networks.perceptual, side)
+    if kind in ("clean", "please"):
+        return 0 if networks.cleaner is None else _cleaner_bytes(networks.cleaner, kind, networks.perceptual, side)
     network = networks.cleanliness
     if network is None:
         return 0
     small = torch.empty(1, 3, side // 4, side // 4, device="meta")
     return saved_bytes(lambda: network(small).sum(), [network])
+
+
+def _cleaner_bytes(cleaner: Cleaner, kind: str, perceptual: nn.Module | None, side: int) -> int:
+    small = torch.empty(1, 3, side // FACTOR, side // FACTOR, device="meta")
+
+    def forward() -> Tensor:
+        made = cleaner(small, FAITHFUL if kind == "clean" else PLEASING)
+        distance = made.square().mean()
+        return distance if perceptual is None else distance + perceptual(made).sum()
+
+    return saved_bytes(forward, [cleaner] if perceptual is None else [cleaner, perceptual])
 
 
 def _grain_bytes(grain: Grain, perceptual: nn.Module | None, side: int) -> int:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
@@ -15,6 +16,7 @@ from dreamsr_cli.config import BundleConfig, ControlConfig
 from dreamsr_cli.errors import ConfigError, UsageError
 from dreamsr_cli.models.autoencoder import Autoencoder, PatchAutoencoder, Refiner
 from dreamsr_cli.models.bundle import Bundle, open_bundle
+from dreamsr_cli.models.cleaner import Cleaner
 from dreamsr_cli.models.cleanliness import Cleanliness
 from dreamsr_cli.models.conditioned_dit import ConditionedDiT
 from dreamsr_cli.models.context_attention import ContextAttention, wake_projections
@@ -38,6 +40,7 @@ MODULES = (
     "cleanliness",
     "enlarger",
     "grain",
+    "cleaner",
 )
 """Names that a stage's `trains` may use, beside "lora"."""
 TRAINING_GUIDANCE = 1.0
@@ -61,7 +64,8 @@ class Networks:
     cleanliness: Cleanliness | None = None
     enlarger: Enlarger | None = None
     grain: Grain | None = None
-    """These three: None where neither the bundle nor the stage has it, or needs it."""
+    cleaner: Cleaner | None = None
+    """These four: None where neither the bundle nor the stage has it, or needs it."""
     latent_cache: LatentCache | None = None
     """Keeps the latents of crops that come back."""
     device: torch.device = torch.device("cpu")
@@ -87,8 +91,12 @@ class Networks:
         return self.autoencoder.encode(rgb_B3PQ)
 
     def module(self, name: str) -> nn.Module | None:
-        """The module called `name` in `MODULES`, None where this bundle has no such network."""
-        found = getattr(self.autoencoder if name == "refiner" else self, name, None)
+        """The module called `name` in `MODULES`, or inside one ("cleaner.down"); None where this bundle has no such
+        network."""
+        first, *rest = name.split(".")
+        found = getattr(self.autoencoder if first == "refiner" else self, first, None)
+        for inner in rest:
+            found = getattr(found, inner, None)
         return found if isinstance(found, nn.Module) else None
 
     def named(self, trains: Iterable[str]) -> dict[str, nn.Parameter]:
@@ -110,6 +118,7 @@ class Networks:
             "cleanliness": self.cleanliness,
             "enlarger": self.enlarger,
             "grain": self.grain,
+            "cleaner": self.cleaner,
         }
         for name, module in others.items():
             if isinstance(module, nn.Module) and any(p.requires_grad for p in module.parameters()):
@@ -149,6 +158,9 @@ class Networks:
             nn.Module.to(module, device, dtype)
         for module in self._pixel_modules():
             module.to(device)
+        fastest: Any = self.cleaner
+        if fastest is not None:
+            fastest.to(memory_format=torch.channels_last)
         if isinstance(self.autoencoder, PatchAutoencoder):
             self.autoencoder.refiner.to(dtype)
 
@@ -188,7 +200,8 @@ class Networks:
 
     def _pixel_modules(self) -> list[nn.Module]:
         autoencoder = self.autoencoder
-        found = [autoencoder, getattr(autoencoder, "vae", None), self.cleanliness, self.enlarger, self.grain]
+        beside = [self.cleanliness, self.enlarger, self.grain, self.cleaner]
+        found = [autoencoder, getattr(autoencoder, "vae", None), *beside]
         return [module for module in found if isinstance(module, nn.Module)]
 
 
@@ -277,6 +290,7 @@ def _from_bundle(recipe: Recipe, start: Bundle) -> Networks:
         restorer.dit,
         replace(recipe.bundle_config(), control=start.config.control),
         start.open_cleanliness(),
+        cleaner=start.open_cleaner(),
     )
 
 
@@ -293,8 +307,8 @@ def build_on(
 ) -> Networks:
     """The paper's stages: the transformer, autoencoder and text encoder of `base`, frozen.
 
-    ControlNet, cross-attention and LoRA are those of `start` (`--init-from`), else of `base`; judge, enlarger and grain
-    take nothing else from `start`. Where neither has one, and with `recipe.fresh` where the stage trains it, it begins
+    ControlNet, cross-attention and LoRA are those of `start` (`--init-from`), else of `base`; judge, enlarger, cleaner
+    and grain take nothing else from `start`. Where neither has one, and with `recipe.fresh` where the stage trains it, it begins
     as the paper's does: the ControlNet as a trimmed copy of the transformer, injections and LoRA without effect. All
     are on the CPU; `target` is where text will be encoded. Raises `ConfigError` for a control map that doesn't fit.
     """
@@ -355,11 +369,41 @@ def build_on(
         grain = (None if recipe.fresh else (start or base).open_grain()) or Grain()
         # Undamaged crops get grain as undamaged photos do: on what the enlarger made of them.
         enlarger = base.open_enlarger()
+    cleaner = base.open_cleaner()
+    if stage.cleans:
+        cleaner = _cleaner(recipe, stage, start or base)
     networks = Networks(
-        transformer, controlnet, context, text_encoder, autoencoder, lora, dit, config, cleanliness, enlarger, grain
+        transformer,
+        controlnet,
+        context,
+        text_encoder,
+        autoencoder,
+        lora,
+        dit,
+        config,
+        cleanliness,
+        enlarger,
+        grain,
+        cleaner,
     )
     networks.to(device, dtype)
     return networks
+
+
+def _cleaner(recipe: Recipe, stage: Stage, source: Bundle) -> Cleaner:
+    """The cleaner of `source`, or a fresh one; with its second manner in the stage that trains that."""
+    pleases = "please" in stage.learners
+    known = None if recipe.fresh and not pleases else source.open_cleaner()
+    if known is None and pleases:
+        raise ConfigError(
+            f"{source.config.name} has no cleaner that could learn a second manner", "train --stage cleaner first"
+        )
+    found = known or Cleaner(recipe.sizes.cleaner_widths, recipe.sizes.cleaner_blocks)
+    if pleases:
+        if recipe.fresh:
+            found.pleasing = None
+        found.learn_to_please()
+    return found
 
 
 def _known_enlarger(source: Bundle, refiner: Refiner) -> Enlarger | None:

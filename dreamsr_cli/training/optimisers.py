@@ -21,7 +21,9 @@ from dreamsr_cli.training.recipe import OptimRecipe, Recipe
 
 TEXT_PATH = ("text_encoder.", "context_attention.")
 """Names of the parameters that only text goes through: they learn with `optim.text` times the learning rate."""
-HIDDEN = re.compile(r"((transformer|controlnet)\..*blocks\.\d+\.(?!norm)(?!.*lora_)|refiner\.blocks\.).*weight")
+HIDDEN = re.compile(
+    r"((transformer|controlnet)\..*blocks\.\d+\.(?!norm)(?!.*lora_)|refiner\.blocks\.|cleaner\.\w+\.at_).*weight"
+)
 """Names of the parameters that Muon is for, where they are matrices or kernels: those between two hidden layers of a
 block. Not modulation, embeddings and LoRA (Jordan et al. 2024, "Muon: an optimizer for hidden layers")."""
 
@@ -47,7 +49,8 @@ class Masters:
     def take_gradients(self, largest_norm: float) -> float:
         """Move gradients to the masters in float32, clip their global norm, and return the norm before."""
         for live, master in zip(self._live, self.master, strict=True):
-            master.grad = None if live.grad is None else live.grad.float()
+            # Laid out as the master is: fused AdamW walks through memory, and would mix up a channels-last kernel's.
+            master.grad = None if live.grad is None else live.grad.float().contiguous()
             live.grad = None
         norm = nn.utils.clip_grad_norm_([m for m in self.master if m.grad is not None], largest_norm)
         return float(whole(norm))

@@ -17,6 +17,7 @@ from dreamsr_cli.counting import TextSizes
 from dreamsr_cli.errors import WeightsError
 from dreamsr_cli.models.autoencoder import PatchAutoencoder
 from dreamsr_cli.models.bundle import CONFIG_FILE, Bundle, open_bundle, read_config
+from dreamsr_cli.models.cleaner import Cleaner
 from dreamsr_cli.models.cleanliness import Cleanliness
 from dreamsr_cli.models.conditioned_dit import ConditionedDiT
 from dreamsr_cli.models.context_attention import ContextAttention
@@ -87,6 +88,8 @@ class PartConfigs:
     """Of `Enlarger`; None where there is none."""
     grain: Mapping[str, Any] | None = None
     """Of `Grain`; None where there is none."""
+    cleaner: Mapping[str, Any] | None = None
+    """Of `Cleaner`; None where there is none."""
 
 
 def configs_for(recipe: Recipe, stage: Stage, model: str | None = None) -> PartConfigs:
@@ -115,6 +118,7 @@ def configs_for(recipe: Recipe, stage: Stage, model: str | None = None) -> PartC
         cleanliness=stage.judges or "cleanliness" in bundle.config.parts,
         enlarger=_enlarger_config(recipe, stage, bundle),
         grain=_grain_config(recipe, stage, bundle),
+        cleaner=_cleaner_config(recipe, stage, bundle),
     )
 
 
@@ -171,7 +175,8 @@ class MetaNetworks:
     cleanliness: Cleanliness | None = None
     enlarger: Enlarger | None = None
     grain: Grain | None = None
-    """These three: None where neither the bundle nor the stage has it."""
+    cleaner: Cleaner | None = None
+    """These four: None where neither the bundle nor the stage has it."""
 
     def parameters(self) -> dict[str, int]:
         """Parameters by part."""
@@ -189,8 +194,14 @@ class MetaNetworks:
             "cleanliness": _count(self.cleanliness),
             "enlarger": _count(self.enlarger),
             "grain": _count(self.grain),
+            "cleaner": _count(self.cleaner),
         }
         return {name: number for name, number in made.items() if number}
+
+    def inside(self, part: str, name: str) -> int:
+        """Parameters of the module `name` of a part."""
+        module = getattr(self, part)
+        return 0 if module is None else _count(module.get_submodule(name))
 
     @property
     def lora_modules(self) -> int:
@@ -219,6 +230,7 @@ def build_meta(
         judge = Cleanliness() if configs.cleanliness else None
         enlarger = None if configs.enlarger is None else Enlarger(**_known(Enlarger, configs.enlarger))
         grain = None if configs.grain is None else Grain(**_known(Grain, configs.grain))
+        cleaner = None if configs.cleaner is None else Cleaner(**_known(Cleaner, configs.cleaner))
         distance = None if perceptual == "none" else BACKBONES[perceptual].build().requires_grad_(False)
         if distance is not None and gan_sees == "features":
             discriminator = FeatureDiscriminator(Lpips(BACKBONES[perceptual], distance, []))
@@ -243,6 +255,7 @@ def build_meta(
         judge,
         enlarger,
         grain,
+        cleaner,
     )
 
 
@@ -275,6 +288,14 @@ def _grain_config(recipe: Recipe, stage: Stage, bundle: Bundle) -> Mapping[str, 
     if "grain" in bundle.config.parts and not (stage.grains and recipe.fresh):
         return _read(bundle, "grain")
     return {} if stage.grains else None
+
+
+def _cleaner_config(recipe: Recipe, stage: Stage, bundle: Bundle) -> Mapping[str, Any] | None:
+    pleases = "please" in stage.learners
+    if "cleaner" in bundle.config.parts and (pleases or not (stage.cleans and recipe.fresh)):
+        return {**_read(bundle, "cleaner"), **({"pleases": True} if pleases else {})}
+    sizes = recipe.sizes
+    return {"widths": sizes.cleaner_widths, "blocks": sizes.cleaner_blocks} if stage.cleans else None
 
 
 def _lora_rank(recipe: Recipe, stage: Stage, bundle: Bundle) -> int:

@@ -32,7 +32,7 @@ CARDS = ((24, 1), (48, 1), (80, 1), (80, 8))
 """(memory as the card is sold, number of cards) that the recipes are planned for."""
 USABLE = 0.985
 """Share of a card's GiB that a driver shows."""
-_OUTSIDE = ("vae", "perceptual", "discriminator", "cleanliness", "enlarger", "grain")
+_OUTSIDE = ("vae", "perceptual", "discriminator", "cleanliness", "enlarger", "grain", "cleaner")
 """Parts that every card holds in full, however the others are spread."""
 
 
@@ -152,7 +152,7 @@ def training_plan(
     if way is not None and way not in WAYS:
         raise ConfigError(f"{way!r} is no way to spread memory", f"use one of {', '.join(WAYS)}")
     recipe = for_ablation(recipe, stage.name)
-    perceptual = recipe.loss.perceptual if stage.restore else "none"
+    perceptual = recipe.loss.perceptual if stage.compares else "none"
     networks = build_meta(configs_for(recipe, stage, model), dtype, perceptual, recipe.loss.gan_sees)
     itemsize = dtype.itemsize
     parameters, trained = networks.parameters(), _trained(networks, stage)
@@ -204,7 +204,11 @@ def _sides(recipe: Recipe) -> set[int]:
 def _trained(networks: MetaNetworks, stage: Stage) -> dict[str, int]:
     """Trained parameters by part of `MetaNetworks.parameters`."""
     whole = networks.parameters()
-    learn = {name: whole.get(name, 0) for name in stage.trains if name != "refiner"}
+    learn: dict[str, int] = {}
+    for name in stage.trains:
+        part, _, inner = name.partition(".")
+        if part != "refiner":
+            learn[part] = learn.get(part, 0) + (networks.inside(part, inner) if inner else whole.get(part, 0))
     if "refiner" in stage.trains:
         learn["vae"] = networks.refiner_parameters()
     if stage.removes:
@@ -261,7 +265,8 @@ def _on_card(
     held: dict[str, int] = {}
     host = 0
     # in a joint step one network learns; the others' gradients are not there
-    learners = [set(names) | {"vae"} if "refiner" in names else set(names) for names in stage.learners.values()]
+    parts_of = [{name.partition(".")[0] for name in names} for names in stage.learners.values()]
+    learners = [names | {"vae"} if "refiner" in names else names for names in parts_of]
     gradients = wide = 0
     for names in learners:
         gradients = max(gradients, sum(p.gradients for p in parts if p.name in names))

@@ -73,6 +73,11 @@ def losses(stage: Stage, recipe: Recipe) -> str:
         return "cross-entropy of clean, compressed and damaged"
     if stage.enlarges:
         return f"pixel {loss.pixel_kind} on undamaged crops enlarged"
+    if stage.cleans:
+        terms = [f"Charbonnier with its knee at {loss.cleaner_knee:g}"]
+        pleases = perceptual and "please" in stage.learners
+        terms += [f"{loss.cleaner_perceptual:g} · {loss.perceptual}"] * (pleases and loss.cleaner_perceptual > 0)
+        return " + ".join(terms)
     if stage.grains:
         terms = [f"{loss.grain_perceptual:g} · {loss.perceptual}"] * (perceptual and loss.grain_perceptual > 0)
         return " + ".join([*terms, f"{loss.grain_contrast:g} · local contrast (ours)"])

@@ -45,6 +45,10 @@ class ModelSizes:
     """Whether the refiner has a second manner for stage 1's results (`autoencoder.Refiner`)."""
     enlarger_rank: int = 24
     """Rank of a fresh enlarger's changes to the refiner's kernels (`models/enlarger.py`)."""
+    cleaner_widths: tuple[int, int, int] = (48, 96, 140)
+    """Channels of a fresh cleaner at the photo's size, at half and at a quarter of it (`models/cleaner.py`)."""
+    cleaner_blocks: tuple[int, int, int] = (1, 2, 2)
+    """Residual blocks of a fresh cleaner at each of these sizes."""
     whitening: float = 0.5
     """Power of a component's standard deviation it is divided by."""
     lora_rank: int = 16
@@ -96,6 +100,8 @@ class DataRecipe:
     """Flips and quarter turns of crops: 8 all, 2 mirroring only (prompts and writing stay right), 1 none."""
     max_bad: float = 0.1
     """Share of photos that may be unreadable before the run stops."""
+    words: bool = True
+    """Whether crops are described; stages that read no texts (cleanliness, enlarger, cleaner) are faster without."""
     detail_words: float = 0.0
     """Chance that a local text of the describer's begins with how much fine detail the good crop has (ours)."""
     no_text: float = 0.1

@@ -88,6 +88,8 @@ def export(
         modules["enlarger"] = networks.enlarger
     if networks.grain is not None:
         modules["grain"] = networks.grain
+    if networks.cleaner is not None:
+        modules["cleaner"] = networks.cleaner
     modules = {name: module for name, module in modules.items() if name not in elsewhere}
     lora = None if "lora" in elsewhere else networks.lora
     sources: dict[str, nn.Module] = dict(modules) if lora is None else {**modules, "lora": networks.transformer}
@@ -126,7 +128,7 @@ def _let_others_read(folder: Path) -> None:
 
 def untouched(networks: Networks, base: Bundle, start: Bundle | None, stage: Stage) -> tuple[str, ...]:
     """Parts of `base` that a run left as they are, and may refer to."""
-    touched = set(stage.trains)
+    touched = {part.split(".")[0] for part in stage.trains}
     if start is not None and start.folder != base.folder and not stage.stands_alone:
         touched |= {*CONTROL, "lora"}
     # A part that the run leaves out on purpose (an ablation) is not referred to either.

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 
 from dreamsr_cli.draws import generator
+from dreamsr_cli.models.cleaner import FAITHFUL, PLEASING
 from dreamsr_cli.training.both_stages import encode_texts, remove, textured
+from dreamsr_cli.training.clean_steps import cleaned
 from dreamsr_cli.training.crops import batches
 from dreamsr_cli.training.grain_steps import grain_on
 from dreamsr_cli.training.looks_steps import enlarged
@@ -34,6 +36,8 @@ def sample_rows(networks: Networks, recipe: Recipe, source: Source, stage: Stage
     if not stage.restore:
         if stage.enlarges:
             shown["enlarged"] = enlarged(networks, crops)
+        elif stage.cleans:
+            shown["cleaned"] = cleaned(networks, crops, PLEASING if "please" in stage.learners else FAITHFUL)
         elif not stage.judges:
             shown["round trip"] = autoencoder.decode(autoencoder.encode(crops.hq * 2 - 1)) / 2 + 0.5
     else:

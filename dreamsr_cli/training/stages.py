@@ -1,9 +1,9 @@
 """Stages are data: which parts train in which kind of step, and what a step is made of (method.md, Training).
 
 Stages `autoencoder` and `backbone` make a bundle that has no pretrained prior (decisions.md). Stage `cleanliness`
-trains what judges photos, stage `enlarger` what enlarges undamaged ones, stage `grain` what says how strong the finest
-texture of a result is to be. The other three are the paper's: the
-transformer is frozen, and only the MM-ControlNet (texture steps) and the LoRA (removal steps) learn.
+trains what judges photos, stage `enlarger` what enlarges undamaged ones, stages `cleaner` and `cleaner-looks` what
+cleans damaged ones, stage `grain` what says how strong the finest texture of a result is to be. The other three are the
+paper's: the transformer is frozen, and only the MM-ControlNet (texture steps) and the LoRA (removal steps) learn.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ ENLARGER = ("enlarger",)
 """What enlarges undamaged photos."""
 GRAIN = ("grain",)
 """What says how strong grain is to be."""
+CLEANER, PLEASING = ("cleaner.down", "cleaner.faithful"), ("cleaner.pleasing",)
+"""What cleans damaged photos in the place of stage 1, and its second manner."""
 EVERYTHING = ("transformer", *CONTROL, "text_encoder", "refiner", "lora")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training. Parts are names of `networks.MODULES`, and "lora"."""
+    """One stage of training. Parts are names of `networks.MODULES` or of what is in them, and "lora"."""
 
     name: str
     """What `--stage` takes."""
@@ -36,8 +38,8 @@ class Stage:
     """For each kind of step the parts that learn in it, with an AdamW of their own. Kinds: "reconstruct" (clean crops
     through encode and decode), "texture" (eq. 5 and 6, LoRA off), "removal" (eq. 7, LoRA on), "both" (a removal part,
     then a texture part on the same crops, one loss), "judge" (bad crops alone: how they look),
-    "enlarge" (crops that were only shrunk, or then saved as JPEGs, back to their good versions), "grain" (grain on what
-    the frozen networks make of bad crops)."""
+    "enlarge" (crops that were only shrunk, or then saved as JPEGs, back to their good versions), "clean" (bad crops to
+    their good versions), "please" (the same by LPIPS), "grain" (grain on what frozen networks make of bad crops)."""
     fit_transform: bool = False
     """Fit the patch transform in closed form before the first step."""
     prior: bool = True
@@ -51,7 +53,7 @@ class Stage:
     @property
     def restore(self) -> bool:
         """Whether the networks take part that make pictures, beside the autoencoder."""
-        return not {"reconstruct", "judge", "enlarge"} & self.learners.keys()
+        return not {"reconstruct", "judge", "enlarge", "clean", "please"} & self.learners.keys()
 
     @property
     def judges(self) -> bool:
@@ -64,6 +66,16 @@ class Stage:
         return "enlarge" in self.learners
 
     @property
+    def cleans(self) -> bool:
+        """Whether its steps make good crops of bad ones in pixels alone."""
+        return bool({"clean", "please"} & self.learners.keys())
+
+    @property
+    def compares(self) -> bool:
+        """Whether its losses may have a perceptual distance."""
+        return self.restore or "please" in self.learners
+
+    @property
     def grains(self) -> bool:
         """Whether its steps add grain to finished results."""
         return "grain" in self.learners
@@ -71,7 +83,7 @@ class Stage:
     @property
     def stands_alone(self) -> bool:
         """Whether it trains a part beside the method's, and takes nothing else from where it starts."""
-        return self.judges or self.enlarges or self.grains
+        return self.judges or self.enlarges or self.cleans or self.grains
 
     @property
     def removes(self) -> bool:
@@ -94,6 +106,8 @@ STAGES = {
         Stage("joint", "texture or removal, drawn step by step", {"texture": CONTROL, "removal": LORA}),
         Stage("cleanliness", "what photos look like, for --looks auto", {"judge": JUDGE}),
         Stage("enlarger", "enlarging photos that only lack pixels", {"enlarge": ENLARGER}),
+        Stage("cleaner", "cleaning damaged photos, faithfully", {"clean": CLEANER}),
+        Stage("cleaner-looks", "cleaning damaged photos for texture to begin from", {"please": PLEASING}),
         Stage("grain", "how strong grain is to be on results", {"grain": GRAIN}),
     )
 }

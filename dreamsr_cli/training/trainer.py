@@ -100,7 +100,7 @@ def train(job: TrainJob, progress: Progress) -> TrainResult:
 
 def _train(job: TrainJob, progress: Progress, team: Team, interruptions: Interruptions) -> TrainResult:
     recipe, stage = job.recipe, job.stage
-    perceptual = load_perceptual(recipe.loss.perceptual if stage.restore else "none", job.perceptual_weights)
+    perceptual = load_perceptual(recipe.loss.perceptual if stage.compares else "none", job.perceptual_weights)
     if isinstance(perceptual, torch.nn.Module):
         perceptual.to(job.device)
     base, start = _bundles(job)
@@ -272,7 +272,7 @@ def _write_bundle(
         data=f"{len(source.training)} {source.kind} of {job.data.name}, {len(source.validation)} held back, "
         f"{len(source.skipped)} left out",
         data_sha256=source.data_sha256,
-        perceptual=describe(job.recipe.loss.perceptual if job.stage.restore else "none"),
+        perceptual=describe(job.recipe.loss.perceptual if job.stage.compares else "none"),
         losses=provenance.losses(job.stage, job.recipe),
         figures=figures,
         command=checkpoints.read_run(job.out).get("command", provenance.command()),

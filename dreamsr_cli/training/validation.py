@@ -9,8 +9,10 @@ import torch.nn.functional as F
 
 from dreamsr_cli import flow
 from dreamsr_cli.config import LOOKS
+from dreamsr_cli.models.cleaner import FAITHFUL, PLEASING
 from dreamsr_cli.models.perceptual import Perceptual
 from dreamsr_cli.training.both_stages import draw_texture, encode_texts, remove, texture_velocity, textured
+from dreamsr_cli.training.clean_steps import cleaned
 from dreamsr_cli.training.crops import batches
 from dreamsr_cli.training.grain_steps import grain_figures
 from dreamsr_cli.training.looks_steps import enlarged, judged
@@ -39,7 +41,8 @@ def validate(
     """Mean PSNR in dB (RGB, peak 1) and perceptual distance of the enlarged input ("cubic") and of stage 1
     ("removed") and of both stages ("textured"), and the mean squared error of the predicted clean latent at fixed
     times; for stage autoencoder the round trip's PSNR, for stage cleanliness how often and how surely it is right, for
-    stage enlarger the PSNR of the cubic and of the enlarger, for stage grain what `grain_figures` says.
+    stage enlarger the PSNR of the cubic and of the enlarger, for stage cleaner PSNR and LPIPS of the cubic and of the
+    cleaner, for stage grain what `grain_figures` says.
     Called under the run's mixed precision."""
     plan = recipe.data.crops[0]
     settings, sampling = crop_settings(recipe, 0, held_out=True), networks.config.sampling
@@ -47,6 +50,8 @@ def validate(
         return _judged(networks, recipe, source)
     if stage.enlarges:
         return _enlarged(networks, recipe, source)
+    if stage.cleans:
+        return _cleaned(networks, recipe, source, perceptual, PLEASING if "please" in stage.learners else FAITHFUL)
     if stage.grains:
         return _grained(networks, recipe, source, perceptual)
     figures: dict[str, list[float]] = {}
@@ -126,6 +131,25 @@ def _enlarged(networks: Networks, recipe: Recipe, source: Source) -> dict[str, f
         for name, made in (("cubic_psnr", few.lq_up), ("enlarged_psnr", enlarged(networks, few))):
             found[name].append(_psnr(made * 2 - 1, few.hq * 2 - 1))
     return {name: float(torch.stack(values).mean()) for name, values in found.items()}
+
+
+def _cleaned(
+    networks: Networks, recipe: Recipe, source: Source, perceptual: Perceptual | None, manner: str
+) -> dict[str, float]:
+    """PSNR of held-out crops, degraded as training crops are, enlarged by the cubic and cleaned in that manner, and
+    LPIPS where there is one."""
+    figures: dict[str, list[float]] = {}
+    stream = batches(source, crop_settings(recipe, 0, held_out=True, mixed=True), BATCH, workers=0)
+    for _ in range(JUDGED // BATCH):
+        crops = on_device(next(stream), networks.device)
+        target = crops.hq * 2 - 1
+        for name, made in (("cubic", crops.lq_up), ("cleaned", cleaned(networks, crops, manner))):
+            picture = made.clamp(0, 1) * 2 - 1
+            figures.setdefault(f"{name}_psnr", []).append(float(_psnr(picture, target)))
+            if perceptual is not None:
+                figures.setdefault(f"{name}_perceptual", []).append(float(perceptual(picture, target).mean()))
+    stream.close()
+    return {name: sum(values) / len(values) for name, values in figures.items()}
 
 
 def _grained(networks: Networks, recipe: Recipe, source: Source, perceptual: Perceptual | None) -> dict[str, float]:

@@ -1,0 +1,180 @@
+"""The cleaner: a damaged photo four times as large, rid of noise, JPEG blocks and blur as far as its pixels tell.
+
+Stage 1 and everything after it see a photo enlarged by the cubic, where a pixel's damage has become a blotch of
+sixteen. A network at the photo's own size sees it where it is small, sixteen times cheaper, and learns within minutes
+what takes those at the large size days (docs/mini.md, row 54). So it comes before stage 1, as in restoration models
+that put a network trained by squares before their diffusion (DiffBIR, Lin et al. 2024). A U-Net of plain residual
+blocks (Ronneberger et al. 2015), without normalisation, which spoils brightness (EDSR, Lim et al. 2017); sub-pixels
+at its end (Shi et al. 2016).
+
+Axes: B batch, C channels, P Q pixel rows and columns of the photo.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from dreamsr_cli.models.fourfold import FACTOR, FourfoldRows
+from dreamsr_cli.resample import ReadRows
+
+FAITHFUL, PLEASING = MANNERS = "faithful", "pleasing"
+"""As close to the pixels as squares get, for results without texture; and as people would like it, as LPIPS says, for
+texture to begin from."""
+ALIGN = 4
+"""Sides of what the network sees are multiples of this: it halves them twice."""
+
+
+class Cleaner(ModelMixin, ConfigMixin):
+    """What is added to a photo that the antialiased cubic enlarged four times, in one of `MANNERS`."""
+
+    @register_to_config
+    def __init__(
+        self,
+        widths: tuple[int, int, int] = (48, 96, 140),
+        blocks: tuple[int, int, int] = (1, 2, 2),
+        pleases: bool = False,
+    ) -> None:
+        """`widths`: channels at the photo's size, at half and at a quarter of it. `blocks`: residual blocks there, on
+        the way down, and again on the way up but at the quarter. `pleases`: whether it has that manner; else it is
+        faithful always. Untrained it adds nothing."""
+        super().__init__()
+        self.down = _Down(widths, blocks)
+        self.faithful = _Up(widths, blocks)
+        self.pleasing = _Up(widths, blocks) if pleases else None
+
+    @property
+    def reach(self) -> int:
+        """Rows of the photo on each side that a row of the result depends on, at most; a multiple of `ALIGN`."""
+        full, half, quarter = self.config["blocks"]
+        return -(-(2 + 4 * full + 2 * 4 * half + 4 * 2 * quarter + ALIGN) // ALIGN) * ALIGN
+
+    def learn_to_please(self) -> None:
+        """From now on it has the pleasing manner, which begins as the faithful one."""
+        if self.pleasing is None:
+            self.pleasing = copy.deepcopy(self.faithful)
+            self.register_to_config(pleases=True)
+
+    def forward(self, photo_B3PQ: Tensor, manner: str) -> Tensor:
+        """Photos on [0, 1], P and Q multiples of `ALIGN`, to (B, 3, 4P, 4Q) on the same scale, float32: what the cubic
+        gets added. The way down learns from the faithful manner alone."""
+        levels = self.down((photo_B3PQ - 0.5).to(self.down.entry.weight.dtype))
+        if manner == FAITHFUL or self.pleasing is None:
+            return self.faithful(levels)
+        return self.pleasing([level.detach() for level in levels])
+
+
+class _Down(nn.Module):
+    """A photo's features at its size, at half and at a quarter of it."""
+
+    def __init__(self, widths: tuple[int, int, int], blocks: tuple[int, int, int]) -> None:
+        super().__init__()
+        full, half, quarter = widths
+        self.entry = nn.Conv2d(3, full, 3, padding=1)
+        self.to_half, self.to_quarter = nn.Conv2d(full, half, 2, 2), nn.Conv2d(half, quarter, 2, 2)
+        self.at_full, self.at_half, self.at_quarter = (_blocks(w, n) for w, n in zip(widths, blocks, strict=True))
+
+    def forward(self, photo_B3PQ: Tensor) -> list[Tensor]:
+        full = self.at_full(self.entry(photo_B3PQ))
+        half = self.at_half(self.to_half(full))
+        return [full, half, self.at_quarter(self.to_quarter(half))]
+
+
+class _Up(nn.Module):
+    """From these features to pixels."""
+
+    def __init__(self, widths: tuple[int, int, int], blocks: tuple[int, int, int]) -> None:
+        super().__init__()
+        full, half, quarter = widths
+        self.from_quarter, self.from_half = (
+            nn.ConvTranspose2d(quarter, half, 2, 2),
+            nn.ConvTranspose2d(half, full, 2, 2),
+        )
+        self.at_half, self.at_full = _blocks(half, blocks[1]), _blocks(full, blocks[0])
+        self.exit = nn.Conv2d(full, 3 * FACTOR**2, 3, padding=1)
+        _silence(self.exit)
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        full, half, quarter = levels
+        x = self.at_half(half + self.from_quarter(quarter))
+        x = self.at_full(full + self.from_half(x))
+        return F.pixel_shuffle(self.exit(x).float(), FACTOR)
+
+
+class _Residual(nn.Module):
+    """A residual block of two convolutions; the identity at first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        _silence(self.second)
+
+    def forward(self, x_BCPQ: Tensor) -> Tensor:
+        return x_BCPQ + self.second(F.relu(self.first(x_BCPQ)))
+
+
+def _silence(conv: nn.Conv2d) -> None:
+    """Let it give zeros until it is trained."""
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+
+
+def _blocks(width: int, count: int) -> nn.Sequential:
+    return nn.Sequential(*(_Residual(width) for _ in range(count)))
+
+
+class CleanedRows(FourfoldRows):
+    """Rows of a damaged photo, cleaned."""
+
+    STRIP = 128
+    """As large as the halo of a strip, which is computed with it, allows."""
+    COLUMNS = 512
+    """Of a strip that are computed at a time."""
+
+    def __init__(
+        self,
+        network: Cleaner,
+        manner: str,
+        read_photo: ReadRows,
+        height: int,
+        width: int,
+        out_height: int,
+        out_width: int,
+        device: torch.device,
+        on_strip: Callable[[], None] = lambda: None,
+    ) -> None:
+        """As `FourfoldRows`, in one of `MANNERS`; `on_strip` is called after each strip."""
+        super().__init__(read_photo, height, width, out_height, out_width)
+        self._network, self._manner, self._device, self._on_strip = network, manner, device, on_strip
+
+    def _strip(self, strip: int) -> np.ndarray:
+        first, last = strip * self.STRIP, min((strip + 1) * self.STRIP, self._height)
+        reach = self._network.reach
+        begin, end = max(0, first - reach), min(self._height, last + reach)
+        made_PQC, photo_PQC = self._cubic(first, last), self._read_photo(begin, end)
+        # A side of the photo is padded where it ends; where a strip or a block of columns begins nothing is: those
+        # lie at multiples of ALIGN.
+        photo_PQC = np.pad(photo_PQC, ((0, -len(photo_PQC) % ALIGN), (0, -self._width % ALIGN), (0, 0)), mode="edge")
+        for left in range(0, self._width, self.COLUMNS):
+            right = min(left + self.COLUMNS, self._width)
+            near, far = max(0, left - reach), min(photo_PQC.shape[1], right + reach)
+            far = min(photo_PQC.shape[1], -(-far // ALIGN) * ALIGN)
+            rows, columns = slice(first - begin, last - begin), slice(left - near, right - near)
+            made_PQC[:, FACTOR * left : FACTOR * right] += self._added(photo_PQC[:, near:far], rows, columns)
+        self._on_strip()
+        return np.clip(made_PQC, 0, 1, out=made_PQC)
+
+    @torch.inference_mode()
+    def _added(self, photo_PQC: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
+        """What the cubic gets added within these rows and columns of a piece of the photo."""
+        photo_BCPQ = torch.from_numpy(np.ascontiguousarray(photo_PQC.transpose(2, 0, 1)))[None].to(self._device)
+        added_BCPQ = self._network(photo_BCPQ.contiguous(memory_format=torch.channels_last), self._manner)
+        large = (slice(FACTOR * part.start, FACTOR * part.stop) for part in (rows, columns))
+        return added_BCPQ[0].permute(1, 2, 0)[tuple(large)].cpu().numpy()

@@ -1,0 +1,53 @@
+"""Training steps of the cleaner.
+
+Axes: B batch, P Q pixels.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dreamsr_cli.errors import TrainingError
+from dreamsr_cli.losses import rounded_distance
+from dreamsr_cli.models.cleaner import ALIGN, FAITHFUL, PLEASING
+from dreamsr_cli.models.fourfold import FACTOR
+from dreamsr_cli.models.perceptual import Perceptual
+from dreamsr_cli.training.networks import Networks
+from dreamsr_cli.training.recipe import Recipe
+from dreamsr_cli.training.step_data import Crops, Outcome
+
+
+def clean_step(networks: Networks, recipe: Recipe, crops: Crops) -> Outcome:
+    """A step of stage `cleaner`: the distance of faithfully cleaned and good crops. Raises as `cleaned` does."""
+    loss = rounded_distance(cleaned(networks, crops, FAITHFUL), crops.hq, recipe.loss.cleaner_knee)
+    return Outcome(loss, {"clean_pixel": loss.detach()})
+
+
+def please_step(networks: Networks, recipe: Recipe, perceptual: Perceptual | None, crops: Crops) -> Outcome:
+    """A step of stage `cleaner-looks`: that distance and LPIPS of pleasingly cleaned and good crops. Raises as
+    `cleaned` does."""
+    weights, made = recipe.loss, cleaned(networks, crops, PLEASING)
+    loss = rounded_distance(made, crops.hq, weights.cleaner_knee)
+    terms = {"clean_pixel": loss.detach()}
+    if perceptual is not None and weights.cleaner_perceptual:
+        distance = perceptual(made.clamp(0, 1) * 2 - 1, crops.hq * 2 - 1).mean()
+        loss, terms["clean_perceptual"] = loss + weights.cleaner_perceptual * distance, distance.detach()
+    return Outcome(loss, terms)
+
+
+def cleaned(networks: Networks, crops: Crops, manner: str) -> Tensor:
+    """The bad crops cleaned in one of `MANNERS`, (B, 3, P, Q), float32, about [0, 1]. Raises `TrainingError` for crops
+    of another scale than the cleaner's, and for sides that it can't halve twice."""
+    if networks.cleaner is None or crops.lq is None:
+        raise ValueError("cleaning needs the cleaner and bad crops at their own size")
+    if crops.hq.shape[2] != FACTOR * crops.lq.shape[2]:
+        raise TrainingError(
+            f"the cleaner knows pairs of scale {FACTOR}, these have {crops.hq.shape[2] // crops.lq.shape[2]}",
+            f"make them with dreamsr degrade --scale {FACTOR}",
+        )
+    if any(side % ALIGN for side in crops.lq.shape[2:]):
+        raise TrainingError(
+            f"bad crops of {crops.lq.shape[3]} pixels: the cleaner needs multiples of {ALIGN}",
+            "--set 'data.crops=[{size=256,batch=16,share=1.0}]'",
+        )
+    return crops.lq_up + networks.cleaner(crops.lq, manner)

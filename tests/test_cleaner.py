@@ -1,0 +1,274 @@
+"""The cleaner of damaged photos: the network, its rows, and its stages of training."""
+
+from __future__ import annotations
+
+import copy
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cleaners import cleaned_rows, cleaner
+from enlargers import cubic_of, planes
+from PIL import Image
+from skimage import data
+from tiny_models import CPU, RECIPE
+
+from dreamsr_cli.errors import ConfigError, TrainingError
+from dreamsr_cli.models.bundle import open_bundle
+from dreamsr_cli.models.cleaner import ALIGN, FAITHFUL, MANNERS, PLEASING, CleanedRows, Cleaner
+from dreamsr_cli.progress import SilentProgress
+from dreamsr_cli.resample import resize
+from dreamsr_cli.training.networks import build_on
+from dreamsr_cli.training.optimisers import HIDDEN
+from dreamsr_cli.training.plan import training_plan
+from dreamsr_cli.training.recipe import CropPlan
+from dreamsr_cli.training.stages import STAGES
+from dreamsr_cli.training.step_data import Crops
+from dreamsr_cli.training.steps import run_step
+from dreamsr_cli.training.trainer import TrainJob, train
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setenv("DREAMSR_CACHE", str(tmp_path_factory.getbasetemp() / "cleaner-cache"))
+
+
+# ---------------------------------------------------------------- the network
+
+
+@torch.no_grad()
+def test_untrained_it_adds_nothing() -> None:
+    made = Cleaner((6, 8, 8), (1, 1, 1), pleases=True)
+    for manner in MANNERS:
+        assert not made(torch.rand(1, 3, 20, 28), manner).any()
+
+
+@torch.no_grad()
+def test_its_second_manner_begins_as_the_first() -> None:
+    made, photo = cleaner(pleases=False), torch.rand(2, 3, 20, 28)
+    alone = made(photo, PLEASING)
+    assert torch.equal(alone, made(photo, FAITHFUL)) and alone.shape == (2, 3, 80, 112)
+    made.learn_to_please()
+    assert made.config["pleases"] and torch.equal(made(photo, PLEASING), alone)
+    made.pleasing.exit.bias.add_(0.1)
+    assert torch.equal(made(photo, FAITHFUL), alone)
+    assert (made(photo, PLEASING) - alone).abs().max() > 0.05
+    known = made.pleasing
+    made.learn_to_please()
+    assert made.pleasing is known
+
+
+def test_the_way_down_learns_from_the_faithful_manner_alone() -> None:
+    for manner in MANNERS:
+        made = cleaner()
+        made(torch.rand(1, 3, 16, 16), manner).square().mean().backward()
+        learns = {name.split(".")[0]: parameter.grad is not None for name, parameter in made.named_parameters()}
+        assert learns == {"down": manner == FAITHFUL, "faithful": manner == FAITHFUL, "pleasing": manner == PLEASING}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("blocks", [(1, 1, 1), (2, 1, 2)])
+def test_it_reaches_as_far_as_it_says_and_no_farther(blocks) -> None:
+    torch.manual_seed(0)
+    made = Cleaner((4, 4, 4), blocks).double()
+    for parameter in made.parameters():
+        parameter.copy_(torch.rand_like(parameter) + 0.1)  # everything that is seen shows
+    side = 4 * made.reach
+    photo = torch.rand(1, 3, side, 8, dtype=torch.float64) + 0.5
+    changed = photo.clone()
+    changed[:, :, side // 2] += 0.1
+    rows = (made(changed, FAITHFUL) - made(photo, FAITHFUL)).abs().amax((0, 1, 3)).view(side, 4).amax(1).nonzero()[:, 0]
+    farthest = max(side // 2 - int(rows.min()), int(rows.max()) - side // 2)
+    assert made.reach - 2 * ALIGN <= farthest <= made.reach and made.reach % ALIGN == 0
+
+
+# ---------------------------------------------------------------- its rows
+
+
+@torch.no_grad()
+def test_rows_are_those_of_the_whole_photo(monkeypatch) -> None:
+    monkeypatch.setattr(CleanedRows, "COLUMNS", 24)
+    made, photo_PQC = cleaner(), np.random.default_rng(0).random((302, 50, 3), np.float32)
+    for manner in MANNERS:
+        rows = cleaned_rows(made, manner, photo_PQC, 1208, 200)
+        whole, photo = rows.read_rows(0, 1208), planes(photo_PQC)
+        padded = torch.nn.functional.pad(photo, (0, 2, 0, 2), mode="replicate")
+        expected = cubic_of(photo) + made(padded, manner)[..., :1208, :200]
+        assert np.abs(whole - expected[0].permute(1, 2, 0).clamp(0, 1).numpy()).max() < 1e-5
+        for top, bottom in [(1207, 1208), (0, 1), (508, 516), (100, 1100)]:
+            again = cleaned_rows(made, manner, photo_PQC, 1208, 200).read_rows(top, bottom)
+            assert np.array_equal(again, whole[top:bottom])
+            assert np.array_equal(rows.read_rows(top, bottom), whole[top:bottom])
+    assert rows.strips == 3
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 130), (70, 3)])
+def test_photos_of_any_size(height, width) -> None:
+    photo_PQC = np.random.default_rng(1).random((height, width, 3), np.float32)
+    rows = cleaned_rows(cleaner(), FAITHFUL, photo_PQC, 4 * height, 4 * width)
+    assert rows.read_rows(0, 4 * height).shape == (4 * height, 4 * width, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("factor", [1, 3.3, 8])
+def test_other_factors_resize_the_fourfold_photo(factor) -> None:
+    made, photo_PQC = cleaner(), np.random.default_rng(2).random((70, 16, 3), np.float32)
+    height, width = round(70 * factor), round(16 * factor)
+    rows = cleaned_rows(made, FAITHFUL, photo_PQC, height, width).read_rows(0, height)
+    fourfold = planes(cleaned_rows(made, FAITHFUL, photo_PQC, 280, 64).read_rows(0, 280))
+    assert np.abs(rows - resize(fourfold, height, width)[0].permute(1, 2, 0).clamp(0, 1).numpy()).max() < 1e-4
+
+
+def test_two_threads_may_read_at_once() -> None:
+    """Colours are read beside the result."""
+    photo_PQC = np.random.default_rng(3).random((900, 8, 3), np.float32)
+    whole = cleaned_rows(cleaner(), FAITHFUL, photo_PQC, 3600, 32).read_rows(0, 3600)
+    rows = cleaned_rows(cleaner(), FAITHFUL, photo_PQC, 3600, 32)
+    with ThreadPoolExecutor(4) as pool:
+        spans = [(top, min(top + 700, 3600)) for top in range(0, 3600, 300)]
+        for (top, bottom), found in zip(spans, pool.map(lambda span: rows.read_rows(*span), spans), strict=True):
+            assert np.array_equal(found, whole[top:bottom])
+
+
+# ---------------------------------------------------------------- its stages
+
+TINY = replace(
+    RECIPE,
+    steps=120,
+    sizes=replace(RECIPE.sizes, cleaner_widths=(8, 12, 12), cleaner_blocks=(1, 1, 1)),
+    data=replace(
+        RECIPE.data,
+        crops=(CropPlan(64, 4, 1.0),),
+        preset="bicubic",
+        mix={},
+        full_photo=0.0,
+        hold_out=1,
+        words=False,
+        workers=0,
+    ),
+    optim=replace(RECIPE.optim, kind="muon", lr=3e-3, warmup=5, ema=0.9),
+)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three photos with edges."""
+    folder = tmp_path_factory.mktemp("cleaner") / "photos"
+    folder.mkdir()
+    for name in ("astronaut", "coffee", "chelsea"):
+        Image.fromarray(getattr(data, name)()[:300, :400]).resize((200, 150)).save(folder / f"{name}.png")
+    return folder
+
+
+def job(stage: str, photos: Path, bundle: Path, out: Path, **more: int | bool) -> TrainJob:
+    recipe = replace(TINY, **more)
+    return TrainJob(STAGES[stage], recipe, "tiny.toml", photos, out, model=str(bundle), device=CPU)
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tiny_bundle, tmp_path_factory) -> Path:
+    """The folder of a run of stage cleaner."""
+    out = tmp_path_factory.mktemp("cleaner-run") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DREAMSR_CACHE", str(tmp_path_factory.getbasetemp() / "cleaner-cache"))
+        train(job("cleaner", photos, tiny_bundle, out), SilentProgress())
+    return out
+
+
+def test_it_learns_to_clean_better_than_the_cubic(trained) -> None:
+    lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    figures = [line["validation"] for line in lines if "validation" in line][-1]
+    assert set(figures) == {"cubic_psnr", "cleaned_psnr"}
+    assert figures["cleaned_psnr"] > figures["cubic_psnr"] + 0.1
+    assert [p.name for p in (trained / "bundle").iterdir() if p.is_dir()] == ["cleaner"]
+    assert "Charbonnier with its knee at 0.03" in (trained / "bundle" / "README.md").read_text()
+
+
+def test_the_second_manner_learns_beside_the_first(trained, photos, tmp_path) -> None:
+    known = open_bundle(None, str(trained)).open_cleaner()
+    train(job("cleaner-looks", photos, trained / "bundle", tmp_path / "looks", steps=3), SilentProgress())
+    found = open_bundle(None, str(tmp_path / "looks")).open_cleaner()
+    assert known is not None and known.pleasing is None and found is not None and found.pleasing is not None
+    before, after = known.state_dict(), found.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    moved = [not torch.equal(after[n.replace("faithful", "pleasing")], v) for n, v in before.items() if "faithful" in n]
+    assert moved and all(moved)
+
+
+def test_stages_of_other_parts_keep_it(trained, photos, tmp_path) -> None:
+    known = open_bundle(None, str(trained)).open_cleaner()
+    assert known is not None
+    recipe = replace(RECIPE, condition="removed", steps=1)
+    for stage, model, start in (("restoration", str(trained / "bundle"), None), ("backbone", None, str(trained))):
+        out = tmp_path / stage
+        train(TrainJob(STAGES[stage], recipe, "tiny.toml", photos, out, model, start, device=CPU), SilentProgress())
+        kept = open_bundle(None, str(out)).open_cleaner()
+        assert kept is not None
+        assert all(torch.equal(value, known.state_dict()[name]) for name, value in kept.state_dict().items())
+
+
+def test_a_run_goes_on_from_the_cleaner_that_is_there(trained, tiny_bundle) -> None:
+    base, source = open_bundle(str(tiny_bundle)), open_bundle(None, str(trained))
+
+    def begun(stage: str, start: Path | None, fresh: bool = False) -> Cleaner:
+        opened = None if start is None else open_bundle(None, str(start))
+        made = build_on(replace(TINY, fresh=fresh), STAGES[stage], base, opened, CPU, torch.float32).cleaner
+        assert made is not None
+        return made
+
+    known = source.open_cleaner()
+    assert known is not None
+    assert torch.equal(begun("cleaner", trained).down.entry.weight, known.down.entry.weight)
+    fresh = begun("cleaner", trained, fresh=True)
+    assert not torch.equal(fresh.down.entry.weight, known.down.entry.weight)
+    assert tuple(fresh.config["widths"]) == (8, 12, 12)
+    # Afresh the second manner begins as the first; what that is stays.
+    again = begun("cleaner-looks", trained, fresh=True)
+    assert again.pleasing is not None
+    assert torch.equal(again.pleasing.exit.weight, known.faithful.exit.weight)
+    with pytest.raises(ConfigError, match="no cleaner"):
+        begun("cleaner-looks", None)
+
+
+def test_crops_that_it_cannot_clean_are_refused(tiny_bundle) -> None:
+    made = build_on(TINY, STAGES["cleaner"], open_bundle(str(tiny_bundle)), None, CPU, torch.float32)
+    hq = torch.rand(1, 3, 64, 64)
+    with pytest.raises(TrainingError, match="scale 4, these have 2"):
+        run_step("clean", made, TINY, None, None, Crops(0, hq, hq, [""], [""], lq=hq[..., ::2, ::2], looks=(None,)))
+    hq = torch.rand(1, 3, 40, 40)
+    with pytest.raises(TrainingError, match="multiples of 4"):
+        run_step("clean", made, TINY, None, None, Crops(0, hq, hq, [""], [""], lq=hq[..., ::4, ::4], looks=(None,)))
+
+
+def test_muon_is_for_the_kernels_of_its_blocks() -> None:
+    made = Cleaner((6, 8, 8), (1, 1, 1), pleases=True)
+    hidden = {name for name, _ in made.named_parameters() if HIDDEN.fullmatch(f"cleaner.{name}")}
+    kernels = {f"{n}.weight" for n, module in made.named_modules() if n.endswith((".first", ".second")) and module}
+    assert hidden == kernels and len(hidden) == 14
+
+
+def test_a_perceptual_distance_has_its_weight(tiny_bundle) -> None:
+    made = build_on(TINY, STAGES["cleaner"], open_bundle(str(tiny_bundle)), None, CPU, torch.float32)
+    assert made.cleaner is not None
+    made.cleaner = copy.deepcopy(made.cleaner)
+    made.cleaner.learn_to_please()
+    hq = torch.rand(1, 3, 64, 64)
+    crops = Crops(0, hq, hq, [""], [""], lq=hq[..., ::4, ::4], looks=(None,))
+    plain = run_step("please", made, TINY, None, None, crops)
+    with_it = run_step("please", made, TINY, lambda x, y: (x - y).abs().mean((1, 2, 3)) + 1, None, crops)
+    weight = TINY.loss.cleaner_perceptual
+    assert weight > 0 and torch.allclose(
+        with_it.loss, plain.loss + weight * with_it.terms["clean_perceptual"], atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(("stage", "kind"), [("cleaner", "clean"), ("cleaner-looks", "please")])
+def test_a_plan_counts_what_learns(stage, kind, trained) -> None:
+    plan = training_plan(TINY, STAGES[stage], model=str(trained / "bundle"), dtype=torch.float32)
+    assert set(plan.trained) == {"cleaner"} and plan.activations[0].kind == kind and plan.activations[0].peak > 0
+    assert 0 < plan.trained["cleaner"] <= plan.parameters["cleaner"]
+    assert (plan.trained["cleaner"] == plan.parameters["cleaner"]) == (stage == "cleaner")
