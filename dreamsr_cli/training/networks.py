@@ -310,7 +310,8 @@ def build_on(
     ControlNet, cross-attention and LoRA are those of `start` (`--init-from`), else of `base`; judge, enlarger, cleaner
     and grain take nothing else from `start`. Where neither has one, and with `recipe.fresh` where the stage trains it,
     it begins as the paper's does: the ControlNet as a trimmed copy of the transformer, injections and LoRA without
-    effect. All are on the CPU; `target` is where text will be encoded. Raises `ConfigError` for a control map that doesn't fit.
+    effect. All are on the CPU; `target` is where text will be encoded. Raises `ConfigError` for a control map that
+    doesn't fit.
     """
     torch.manual_seed(recipe.seed)
     device, source = torch.device("cpu"), base if stage.stands_alone else start or base
