@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cleaners import cleaned_rows, cleaner
-from enlargers import cubic_of, planes
+from cleaners import cleaned_rows, cleaner, save_bundle_that_cleans
+from enlargers import DAMAGED, cubic_of, planes
 from PIL import Image
 from skimage import data
 from tiny_models import CPU, RECIPE
@@ -22,6 +22,7 @@ from dreamsr_cli.models.bundle import open_bundle
 from dreamsr_cli.models.cleaner import ALIGN, FAITHFUL, MANNERS, PLEASING, CleanedRows, Cleaner
 from dreamsr_cli.progress import SilentProgress
 from dreamsr_cli.resample import resize
+from dreamsr_cli.training.clean_steps import cleaned, cleaned_latent
 from dreamsr_cli.training.networks import build_on
 from dreamsr_cli.training.optimisers import HIDDEN
 from dreamsr_cli.training.plan import training_plan
@@ -264,6 +265,23 @@ def test_a_perceptual_distance_has_its_weight(tiny_bundle) -> None:
     assert weight > 0 and torch.allclose(
         with_it.loss, plain.loss + weight * with_it.terms["clean_perceptual"], atol=1e-6
     )
+
+
+@torch.no_grad()
+def test_texture_learns_from_what_it_begins_with_at_inference(tmp_path) -> None:
+    bundle = save_bundle_that_cleans(tmp_path / "bundle", DAMAGED)
+    made = build_on(replace(TINY, condition="removed"), STAGES["controlnet"], bundle, None, CPU, torch.float32)
+    recipe, hq = replace(RECIPE, condition="removed"), torch.rand(2, 3, 64, 64)
+    crops = Crops(0, hq, hq, ["a"] * 2, ["b"] * 2, lq=hq[..., ::4, ::4], looks=("damaged",) * 2)
+    assert made.cleaner is not None and made.cleaner.pleasing is not None
+    before = {kind: float(run_step(kind, made, recipe, None, None, crops).loss) for kind in ("texture", "removal")}
+    made.cleaner.pleasing.exit.bias.add_(0.3)
+    after = {kind: float(run_step(kind, made, recipe, None, None, crops).loss) for kind in ("texture", "removal")}
+    assert after["removal"] == before["removal"] and after["texture"] != before["texture"]
+    found = cleaned_latent(made, crops)
+    assert found is not None and torch.equal(found, made.encode(cleaned(made, crops, PLEASING).clamp(0, 1) * 2 - 1))
+    assert cleaned_latent(made, replace(crops, lq=hq[..., ::2, ::2])) is None
+    assert cleaned_latent(replace(made, cleaner=None), crops) is None
 
 
 @pytest.mark.parametrize(("stage", "kind"), [("cleaner", "clean"), ("cleaner-looks", "please")])

@@ -1,10 +1,11 @@
-"""Training steps of the cleaner.
+"""Training steps of the cleaner, and what texture steps begin from where a bundle has one.
 
 Axes: B batch, P Q pixels.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dreamsr_cli.errors import TrainingError
@@ -51,3 +52,12 @@ def cleaned(networks: Networks, crops: Crops, manner: str) -> Tensor:
             "--set 'data.crops=[{size=256,batch=16,share=1.0}]'",
         )
     return crops.lq_up + networks.cleaner(crops.lq, manner)
+
+
+@torch.no_grad()
+def cleaned_latent(networks: Networks, crops: Crops) -> Tensor | None:
+    """z_BCHW of the pleasingly cleaned crops: what texture begins from where a bundle has a cleaner. None where it has
+    none, or for crops of another scale than its own."""
+    if networks.cleaner is None or crops.lq is None or crops.hq.shape[2] != FACTOR * crops.lq.shape[2]:
+        return None
+    return networks.encode(cleaned(networks, crops, PLEASING).clamp(0, 1) * 2 - 1)

@@ -15,6 +15,7 @@ from dreamsr_cli.models.enlarger import FACTOR, MANNERS
 from dreamsr_cli.models.grain import MARGIN
 from dreamsr_cli.models.perceptual import Perceptual
 from dreamsr_cli.training.both_stages import draw_texture, encoded, remove, texts_of, textured
+from dreamsr_cli.training.clean_steps import cleaned_latent
 from dreamsr_cli.training.networks import Networks
 from dreamsr_cli.training.recipe import Recipe
 from dreamsr_cli.training.step_data import Crops, Outcome
@@ -37,12 +38,14 @@ def grain_step(networks: Networks, recipe: Recipe, perceptual: Perceptual | None
 
 @torch.no_grad()
 def finished(networks: Networks, recipe: Recipe, crops: Crops) -> Tensor:
-    """Bad crops after both stages, decoded, (B, 3, P, Q), float32, within [-1, 1]. Undamaged ones are enlarged instead
-    of restored where there is an enlarger of their scale."""
+    """Bad crops after both stages, decoded, (B, 3, P, Q), float32, within [-1, 1]: cleaned instead of stage 1 where
+    there is a cleaner. Undamaged ones are enlarged instead where there is an enlarger of their scale."""
     sampling = networks.config.sampling
     _, z_0, z_lq = encoded(networks, crops)
     local, glob = texts_of(networks, crops)
-    z_dr = z_lq.clone() if networks.lora is None else remove(networks, z_lq, local, glob, sampling)
+    z_dr = cleaned_latent(networks, crops)
+    if z_dr is None:
+        z_dr = z_lq.clone() if networks.lora is None else remove(networks, z_lq, local, glob, sampling)
     if networks.enlarger is not None and crops.lq is not None and crops.hq.shape[2] == FACTOR * crops.lq.shape[2]:
         for manner in MANNERS:
             those = [index for index, looks in enumerate(crops.looks) if looks == manner]

@@ -10,7 +10,7 @@ import torch
 from dreamsr_cli.draws import generator
 from dreamsr_cli.models.cleaner import FAITHFUL, PLEASING
 from dreamsr_cli.training.both_stages import encode_texts, remove, textured
-from dreamsr_cli.training.clean_steps import cleaned
+from dreamsr_cli.training.clean_steps import cleaned, cleaned_latent
 from dreamsr_cli.training.crops import batches
 from dreamsr_cli.training.grain_steps import grain_on
 from dreamsr_cli.training.looks_steps import enlarged
@@ -47,6 +47,8 @@ def sample_rows(networks: Networks, recipe: Recipe, source: Source, stage: Stage
         if networks.lora is not None:
             z = remove(networks, z, local, glob, sampling)
             shown["removed"] = autoencoder.decode(z, restored=True) / 2 + 0.5
+        begun = cleaned_latent(networks, crops)
+        z = z if begun is None else begun
         noise = [generator(recipe.seed, "sample-noise", b).standard_normal(z.shape[1:]) for b in range(len(z))]
         eps = torch.stack([torch.from_numpy(n).float() for n in noise]).to(z)
         made = autoencoder.decode(textured(networks, z, eps, local, glob, sampling))

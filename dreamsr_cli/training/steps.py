@@ -24,7 +24,7 @@ from dreamsr_cli.losses import (
 from dreamsr_cli.models.perceptual import Perceptual, on_window
 from dreamsr_cli.models.text_encoder import TextEmbedding
 from dreamsr_cli.training.both_stages import draw_texture, encoded, remove, texts_of, texture_velocity
-from dreamsr_cli.training.clean_steps import clean_step, please_step
+from dreamsr_cli.training.clean_steps import clean_step, cleaned_latent, please_step
 from dreamsr_cli.training.grain_steps import grain_step
 from dreamsr_cli.training.looks_steps import enlarge_step, judge_step
 from dreamsr_cli.training.networks import Networks
@@ -106,7 +106,7 @@ def restoration_step(
     networks: Networks, recipe: Recipe, perceptual: Perceptual | None, critic: Critic | None, crops: Crops
 ) -> Outcome:
     """A step of stage `backbone`: a removal part (eq. 7), then a texture part (eq. 5, 6) conditioned on its detached
-    result.
+    result, or on what the bundle's cleaner makes of the crops.
 
     Sharing the crops gives the texture part exactly the condition it meets at inference, at no extra forward pass.
     Steps between those of `texture_every` have the removal part alone.
@@ -120,7 +120,9 @@ def restoration_step(
     removal = removal._replace(loss=removal.loss * recipe.loss.removal_part)
     if not recipe.texture_every or crops.step % recipe.texture_every:
         return removal._replace(fake=None, real=None) if recipe.renoised_share else removal
-    texture = _texture(networks, recipe, perceptual, second, crops, z_0, target, z_dr.detach(), local, glob)
+    cleaned = cleaned_latent(networks, crops)
+    condition = z_dr.detach() if cleaned is None else cleaned
+    texture = _texture(networks, recipe, perceptual, second, crops, z_0, target, condition, local, glob)
     judged = texture if recipe.renoised_share else removal
     return Outcome(removal.loss + texture.loss, removal.terms | texture.terms, judged.fake, judged.real)
 
@@ -133,7 +135,10 @@ def _condition(
         return z_lq
     with torch.no_grad():
         removed = erased = z_lq
-        if recipe.condition != "erased":
+        cleaned = None if recipe.condition == "erased" else cleaned_latent(networks, crops)
+        if cleaned is not None:
+            removed = cleaned
+        elif recipe.condition != "erased":
             removed = remove(networks, z_lq, local, glob, networks.config.sampling)
         if recipe.condition != "removed":
             if crops.erased is None:

@@ -12,7 +12,7 @@ from dreamsr_cli.config import LOOKS
 from dreamsr_cli.models.cleaner import FAITHFUL, PLEASING
 from dreamsr_cli.models.perceptual import Perceptual
 from dreamsr_cli.training.both_stages import draw_texture, encode_texts, remove, texture_velocity, textured
-from dreamsr_cli.training.clean_steps import cleaned
+from dreamsr_cli.training.clean_steps import cleaned, cleaned_latent
 from dreamsr_cli.training.crops import batches
 from dreamsr_cli.training.grain_steps import grain_figures
 from dreamsr_cli.training.looks_steps import enlarged, judged
@@ -82,6 +82,9 @@ def validate(
             add("removed_psnr", _psnr(removed, hq))
             if perceptual is not None:
                 add("removed_perceptual", perceptual(removed, hq).mean())
+        cleaned_BCHW = cleaned_latent(networks, on_device(batch, device))
+        if cleaned_BCHW is not None:
+            condition = cleaned_BCHW
         if recipe.condition == "erased" and stage.prior and batch.erased_BCPQ is not None:
             condition = networks.encode(batch.erased_BCPQ.to(device) * 2 - 1)
         _, eps = draw_texture(recipe.seed, -1 - batch.step, z_0.shape, (0.0, 1.0))
