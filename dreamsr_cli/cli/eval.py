@@ -129,7 +129,11 @@ def command(
     grain: Annotated[float | None, typer.Option(help="As in dreamsr upscale, 0 to 2.", rich_help_panel=_METHOD)] = None,
     removal: Annotated[
         bool | None,
-        typer.Option("--removal/--no-removal", help="Stage 1, remove degradations.", rich_help_panel=_METHOD),
+        typer.Option(
+            "--removal/--no-removal",
+            help="Stage 1, remove degradations (default: where the model has no cleaner or enlarger for the photo).",
+            rich_help_panel=_METHOD,
+        ),
     ] = None,
     tile: Annotated[
         int | None, typer.Option(help="Tile side in output pixels; 0: one tile.", rich_help_panel=_METHOD)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _PHASES = {
     "text": "text",
+    "clean": "cleaning",
+    "enlarge": "enlarging",
     "encode": "encoding",
     "trial": "trial",
     "remove": "removal",

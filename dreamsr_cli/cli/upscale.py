@@ -95,7 +95,11 @@ def command(
     ] = None,
     removal: Annotated[
         bool | None,
-        typer.Option("--removal/--no-removal", help="Stage 1, remove degradations.", rich_help_panel=_METHOD),
+        typer.Option(
+            "--removal/--no-removal",
+            help="Stage 1, remove degradations (default: where the model has no cleaner or enlarger for the photo).",
+            rich_help_panel=_METHOD,
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Name or folder of a model (default mini).", rich_help_panel=_METHOD)
