@@ -217,7 +217,7 @@ def _time(plan: dict[str, Any]) -> str:
 
 def _shares(flops: dict[str, int]) -> str:
     merged = {
-        label: flops[phase] + flops.get(f"{phase}_control", 0) for phase, label in _PHASES.items() if flops[phase]
+        label: flops[phase] + flops.get(f"{phase}_control", 0) for phase, label in _PHASES.items() if flops.get(phase)
     }
     shares = {label: 100 * count / flops["total"] for label, count in merged.items()}
     return ", ".join(f"{label} {share:.0f} %" for label, share in shares.items() if share >= 0.5)
