@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dreamsr_cli.config import AUTO, CAPTIONERS, LOOKS, PROMPT_MODES, TILINGS, TOKEN_SIDE, UpscaleConfig, is_captioner
@@ -67,6 +67,12 @@ class Settings:
     def largest_tile(self) -> int:
         """Side of the largest tile that a photo may get; 0: the whole photo."""
         return self.tile_auto[1] if self.tile_auto else self.tile
+
+
+def for_unseen(settings: Settings) -> Settings:
+    """Settings for a photo that nobody has looked at yet, for a plan: those of a damaged one."""
+    cleaner = settings.looks == AUTO if settings.cleaner is None else settings.cleaner
+    return replace(settings, cleaner=cleaner, removal=settings.removal and not cleaner)
 
 
 def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:

@@ -23,6 +23,7 @@ from dreamsr_cli.images import open_photo
 from dreamsr_cli.models.bundle import Bundle, open_bundle
 from dreamsr_cli.models.cleaner import FAITHFUL, PLEASING
 from dreamsr_cli.progress import SilentProgress
+from dreamsr_cli.settings import check_settings, for_unseen
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +123,19 @@ def test_a_plan_has_the_cleaner_in_the_place_of_stage_1(damaged, source, tmp_pat
     assert with_it.calls["texture"] == without.calls["texture"]
     assert (with_it.calls["encode"] > 0) == (with_it.calls["decode"] > 0) == (strength > 0)
     assert with_it.flops["clean"] > 0 and with_it.moved["clean"] > 0
+
+
+def test_a_dry_run_plans_a_photo_that_nobody_looked_at_as_damaged(damaged) -> None:
+    for config, expected in (
+        (UpscaleConfig(), (True, False)),
+        (UpscaleConfig(removal=True), (False, True)),
+        (UpscaleConfig(removal=False), (False, False)),
+        (UpscaleConfig(looks="damaged"), (True, False)),
+        (UpscaleConfig(looks="clean"), (False, False)),
+    ):
+        planned = for_unseen(check_settings(config, damaged))
+        assert (planned.cleaner, planned.removal) == expected
+    assert check_settings(UpscaleConfig(), damaged).cleaner is None
 
 
 @pytest.mark.parametrize(("strength", "phase"), [(0.0, "clean"), (0.3, "encode"), (0.3, "decode")])

@@ -46,9 +46,10 @@ class Planner:
         from dreamsr_cli.memory_plan import CARDS
         from dreamsr_cli.models.quantization import MemoryMode
         from dreamsr_cli.residency import decide_residency
+        from dreamsr_cli.settings import for_unseen
         from dreamsr_cli.workload import Limits
 
-        self._settings, self._output, self._memory = check_settings(config, bundle), output, config.memory
+        self._settings, self._output, self._memory = for_unseen(check_settings(config, bundle)), output, config.memory
         self._sizes = read_sizes(bundle.config, bundle.part_folder)
         device = choose_device(config.device)
         precision = dtype_name(choose_dtype(config.precision, device))
