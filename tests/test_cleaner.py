@@ -261,6 +261,8 @@ def test_a_perceptual_distance_has_its_weight(tiny_bundle) -> None:
     crops = Crops(0, hq, hq, [""], [""], lq=hq[..., ::4, ::4], looks=(None,))
     plain = run_step("please", made, TINY, None, None, crops)
     with_it = run_step("please", made, TINY, lambda x, y: (x - y).abs().mean((1, 2, 3)) + 1, None, crops)
+    woven = run_step("please", made, replace(TINY, loss=replace(TINY.loss, lattice=2.0)), None, None, crops)
+    assert torch.allclose(woven.loss, plain.loss + 2 * woven.terms["clean_lattice"], atol=1e-6)
     weight = TINY.loss.cleaner_perceptual
     assert weight > 0 and torch.allclose(
         with_it.loss, plain.loss + weight * with_it.terms["clean_perceptual"], atol=1e-6

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dreamsr_cli.errors import TrainingError
-from dreamsr_cli.losses import rounded_distance
+from dreamsr_cli.losses import lattice_strength, rounded_distance
 from dreamsr_cli.models.cleaner import ALIGN, FAITHFUL, PLEASING
 from dreamsr_cli.models.fourfold import FACTOR
 from dreamsr_cli.models.perceptual import Perceptual
@@ -25,7 +25,7 @@ def clean_step(networks: Networks, recipe: Recipe, crops: Crops) -> Outcome:
 
 
 def please_step(networks: Networks, recipe: Recipe, perceptual: Perceptual | None, crops: Crops) -> Outcome:
-    """A step of stage `cleaner-looks`: that distance and LPIPS of pleasingly cleaned and good crops. Raises as
+    """A step of stage `cleaner-looks`: that distance, LPIPS and the lattice of pleasingly cleaned crops. Raises as
     `cleaned` does."""
     weights, made = recipe.loss, cleaned(networks, crops, PLEASING)
     loss = rounded_distance(made, crops.hq, weights.cleaner_knee)
@@ -33,6 +33,9 @@ def please_step(networks: Networks, recipe: Recipe, perceptual: Perceptual | Non
     if perceptual is not None and weights.cleaner_perceptual:
         distance = perceptual(made.clamp(0, 1) * 2 - 1, crops.hq * 2 - 1).mean()
         loss, terms["clean_perceptual"] = loss + weights.cleaner_perceptual * distance, distance.detach()
+    if weights.lattice:
+        lattice = lattice_strength((made - crops.hq) * 2)
+        loss, terms["clean_lattice"] = loss + weights.lattice * lattice, lattice.detach()
     return Outcome(loss, terms)
 
 

@@ -77,6 +77,7 @@ def losses(stage: Stage, recipe: Recipe) -> str:
         terms = [f"Charbonnier with its knee at {loss.cleaner_knee:g}"]
         pleases = perceptual and "please" in stage.learners
         terms += [f"{loss.cleaner_perceptual:g} · {loss.perceptual}"] * (pleases and loss.cleaner_perceptual > 0)
+        terms += lattice * ("please" in stage.learners)
         return " + ".join(terms)
     if stage.grains:
         terms = [f"{loss.grain_perceptual:g} · {loss.perceptual}"] * (perceptual and loss.grain_perceptual > 0)
