@@ -167,8 +167,16 @@ class CleanerSizes:
 
     config: Mapping[str, Any]
 
-    STRIP = 128
-    """Rows of a strip (`cleaner.CleanedRows.STRIP`)."""
+    STRIP, COLUMNS = 128, 512
+    """Rows of a strip, and columns at a time (`cleaner.CleanedRows`)."""
+
+    def working(self, rows: int, columns: int, itemsize: int) -> int:
+        """Bytes of weights and of what is held while a piece of a strip is cleaned: five features of the photo's size,
+        and the pixels twice, as they come and in order."""
+        reach = self._reach
+        pixels = min(rows, self.STRIP + 2 * reach) * min(columns, self.COLUMNS + 2 * reach)
+        held = pixels * (5 * int(self.config["widths"][0]) * itemsize + 2 * 3 * FOLD**2 * 4)
+        return held + sum(weights for _, weights, _ in self._layers()) * itemsize
 
     def flops(self, rows: int, columns: int) -> int:
         """Cleaning a photo once, strip by strip with what surrounds each."""
@@ -181,9 +189,13 @@ class CleanerSizes:
         return round(values) + len(strips) * sum(weights for _, weights, _ in layers)
 
     def _extents(self, rows: int) -> list[int]:
-        full, half, quarter = self.config["blocks"]
-        reach = -(-(6 + 4 * full + 8 * half + 8 * quarter) // 4) * 4
+        reach = self._reach
         return [min(rows, top + self.STRIP + reach) - max(0, top - reach) for top in range(0, rows, self.STRIP)]
+
+    @property
+    def _reach(self) -> int:
+        full, half, quarter = self.config["blocks"]
+        return -(-(6 + 4 * full + 8 * half + 8 * quarter) // 4) * 4
 
     def _layers(self) -> list[tuple[float, int, int]]:
         """(cells per pixel of the photo, weights per cell, channels read and written) of each convolution in turn."""

@@ -335,18 +335,22 @@ class Workload:
             "strips": (STRIPS_AT_ONCE + more) * strip_rows * width * 3 * 4,
             "decoding": decode.working,
         }
+        cleaning = 0
+        if self._cleaner is not None:
+            # Beside decoding, too: the colour fix asks for it.
+            cleaning = parts["cleaning"] = self._cleaner.working(*self._photo, self.machine.itemsize)
         if self.machine.device == "cpu":
             # What waits in RAM waits beside itself.
             host = max(
                 text.weights + text.working,
                 restore.weights + self._folded_bytes + restore.working + parts["rows"],
-                decode.weights + decode.working + parts["strips"],
+                decode.weights + decode.working + parts["strips"] + cleaning,
             )
             device = 0
         else:
             waiting = min(self.limits.control_host, self.feature_batches * self.feature_bytes)
             host = max(parts["weights"], parts["rows"] + waiting, parts["strips"])
-            device = max(phase.device for phase in phases.values())
+            device = max(text.device, restore.device, decode.device + cleaning)
         return {"host": LIBRARIES + parts["photo"] + host, "device": device, **parts}
 
     @property

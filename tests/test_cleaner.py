@@ -16,7 +16,9 @@ from enlargers import DAMAGED, cubic_of, planes
 from PIL import Image
 from skimage import data
 from tiny_models import CPU, RECIPE
+from torch.utils.flop_counter import FlopCounterMode
 
+from dreamsr_cli.counting_pixels import CleanerSizes
 from dreamsr_cli.errors import ConfigError, TrainingError
 from dreamsr_cli.models.bundle import open_bundle
 from dreamsr_cli.models.cleaner import ALIGN, FAITHFUL, MANNERS, PLEASING, CleanedRows, Cleaner
@@ -133,6 +135,21 @@ def test_two_threads_may_read_at_once() -> None:
         spans = [(top, min(top + 700, 3600)) for top in range(0, 3600, 300)]
         for (top, bottom), found in zip(spans, pool.map(lambda span: rows.read_rows(*span), spans), strict=True):
             assert np.array_equal(found, whole[top:bottom])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("blocks", [(1, 1, 1), (2, 1, 3)])
+def test_a_plan_counts_its_operations_and_weights(blocks) -> None:
+    made = Cleaner((6, 8, 10), blocks)
+    sizes = CleanerSizes(dict(made.config))
+    with FlopCounterMode(display=False) as counter:
+        made(torch.rand(1, 3, 64, 40), FAITHFUL)
+    assert sizes.flops(64, 40) == counter.get_total_flops()
+    # Two strips are computed with what surrounds them.
+    assert sizes.flops(256, 40) == counter.get_total_flops() * 2 * (128 + made.reach) // 64
+    kernels = sum(p.numel() for p in made.parameters() if p.ndim == 4)
+    assert sizes.working(64, 40, 2) - sizes.working(0, 40, 2) == 64 * 40 * (5 * 6 * 2 + 2 * 48 * 4)
+    assert sizes.working(0, 40, 4) == kernels * 4
 
 
 # ---------------------------------------------------------------- its stages

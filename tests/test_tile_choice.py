@@ -81,7 +81,7 @@ def test_the_fewest_operations_win(bundle):
 
 def test_it_stays_within_memory_and_falls_back_to_the_least():
     source, found = photo(300, 220), open_bundle("mini")
-    config = replace(AUTO, looks="damaged")  # else decoding needs more than any of these tiles
+    config = replace(AUTO, removal=True)  # else decoding needs more than any of these tiles
     free = choose(found, source, config)
     needs = {option.tile: option.memory for option in free.options}
     assert needs[free.tile] > min(needs.values())
