@@ -2,10 +2,10 @@
 
 Stage 1 and everything after it see a photo enlarged by the cubic, where a pixel's damage has become a blotch of
 sixteen. A network at the photo's own size sees it where it is small, sixteen times cheaper, and learns within minutes
-what takes those at the large size days (docs/mini.md, row 54). So it comes before stage 1, as in restoration models
-that put a network trained by squares before their diffusion (DiffBIR, Lin et al. 2024). A U-Net of plain residual
-blocks (Ronneberger et al. 2015), without normalisation, which spoils brightness (EDSR, Lim et al. 2017); sub-pixels
-at its end (Shi et al. 2016).
+what takes those at the large size days (docs/mini.md, row 54). So it takes the place of stage 1, as in restoration
+models that put a network trained by squares before their diffusion (DiffBIR, Lin et al. 2024). A U-Net of plain
+residual blocks (Ronneberger et al. 2015), without normalisation, which spoils brightness (EDSR, Lim et al. 2017);
+sub-pixels at its end (Shi et al. 2016).
 
 Axes: B batch, C channels, P Q pixel rows and columns of the photo.
 """
