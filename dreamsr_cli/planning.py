@@ -20,9 +20,10 @@ from dreamsr_cli.machine import Estimate, Machine, estimate, remember_efficiency
 from dreamsr_cli.memory_plan import Phase
 from dreamsr_cli.multidiffusion import slots_needed
 from dreamsr_cli.photo_writer import SIDE_LIMITS, resolve_bit_depth, resolve_format
+from dreamsr_cli.planned_settings import Settings
 from dreamsr_cli.roofline import Floor, floor, peak
 from dreamsr_cli.tiling import TileGrid, canvas_size, make_grid
-from dreamsr_cli.workload import Limits, Settings, Workload, bands, is_spilled, photo_bytes
+from dreamsr_cli.workload import Limits, Workload, bands, is_spilled, photo_bytes
 
 RESULT_SHARE = {"png": 0.9, "tiff": 0.9, "jpg": 0.3, "webp": 0.2, "avif": 0.2}
 """A result's size over that of its raw pixels, generously."""

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from dreamsr_cli.config import BundleConfig, ControlConfig
 from dreamsr_cli.errors import ConfigError, UsageError
-from dreamsr_cli.models.autoencoder import Autoencoder, PatchAutoencoder, Refiner
+from dreamsr_cli.models.autoencoder import Autoencoder, PatchAutoencoder
 from dreamsr_cli.models.bundle import Bundle, open_bundle
 from dreamsr_cli.models.cleaner import Cleaner
 from dreamsr_cli.models.cleanliness import Cleanliness
 from dreamsr_cli.models.conditioned_dit import ConditionedDiT
 from dreamsr_cli.models.context_attention import ContextAttention, wake_projections
-from dreamsr_cli.models.enlarger import Enlarger, fingerprint
+from dreamsr_cli.models.enlarger import Enlarger
 from dreamsr_cli.models.grain import Grain
 from dreamsr_cli.models.mm_controlnet import MMControlNet
 from dreamsr_cli.models.restoration_lora import RestorationLoRA
@@ -28,8 +28,9 @@ from dreamsr_cli.models.text_encoder import ByteTextEncoder, TextEncoder
 from dreamsr_cli.training.distributed import whole
 from dreamsr_cli.training.latent_cache import LatentCache
 from dreamsr_cli.training.lazy_encoder import LazyTextEncoder
+from dreamsr_cli.training.parts_beside import parts_beside
 from dreamsr_cli.training.recipe import Recipe
-from dreamsr_cli.training.stages import CONTROL, ENLARGER, GRAIN, JUDGE, Stage
+from dreamsr_cli.training.stages import CONTROL, Stage
 
 MODULES = (
     "transformer",
@@ -358,67 +359,10 @@ def build_on(
     if recipe.ablation == "no-lora":
         sampling = replace(sampling, t_start=1.0, steps=20)
     config = replace(base.config, name=recipe.name, control=control, sampling=sampling)
-    cleanliness = enlarger = grain = None
-    if JUDGE[0] in stage.trains:
-        cleanliness = (None if recipe.fresh else (start or base).open_cleanliness()) or Cleanliness()
-    if ENLARGER[0] in stage.trains:
-        if not isinstance(autoencoder, PatchAutoencoder):
-            raise UsageError("FLUX's autoencoder has no refiner that could become an enlarger", "use --model mini")
-        known = None if recipe.fresh else _known_enlarger(start or base, autoencoder.refiner)
-        enlarger = known or Enlarger.of(autoencoder.refiner, recipe.sizes.enlarger_rank)
-    if GRAIN[0] in stage.trains:
-        grain = (None if recipe.fresh else (start or base).open_grain()) or Grain()
-        # Undamaged crops get grain as undamaged photos do: on what the enlarger made of them.
-        enlarger = base.open_enlarger()
-    cleaner = base.open_cleaner()
-    if stage.cleans:
-        cleaner = _cleaner(recipe, stage, start or base)
-    networks = Networks(
-        transformer,
-        controlnet,
-        context,
-        text_encoder,
-        autoencoder,
-        lora,
-        dit,
-        config,
-        cleanliness,
-        enlarger,
-        grain,
-        cleaner,
-    )
+    beside = parts_beside(recipe, stage, base, start, autoencoder)
+    networks = Networks(transformer, controlnet, context, text_encoder, autoencoder, lora, dit, config, *beside)
     networks.to(device, dtype)
     return networks
-
-
-def _cleaner(recipe: Recipe, stage: Stage, source: Bundle) -> Cleaner:
-    """The cleaner of `source`, or a fresh one; with its second manner in the stage that trains that."""
-    pleases = "please" in stage.learners
-    known = None if recipe.fresh and not pleases else source.open_cleaner()
-    if known is None and pleases:
-        raise ConfigError(
-            f"{source.config.name} has no cleaner that could learn a second manner", "train --stage cleaner first"
-        )
-    found = known or Cleaner(recipe.sizes.cleaner_widths, recipe.sizes.cleaner_blocks)
-    if pleases:
-        if recipe.fresh:
-            found.pleasing = None
-        found.learn_to_please()
-    return found
-
-
-def _known_enlarger(source: Bundle, refiner: Refiner) -> Enlarger | None:
-    """The enlarger of `source`, brought to `refiner` where it was made for that bundle's own."""
-    known = source.open_enlarger()
-    if known is None or known.config["refiner"] == fingerprint(refiner):
-        return known
-    theirs = source.open_autoencoder(torch.device("cpu"), torch.float32)
-    if not isinstance(theirs, PatchAutoencoder) or known.config["refiner"] != fingerprint(theirs.refiner):
-        raise ConfigError(f"the enlarger of {source.config.name} fits another refiner", "--set fresh=true")
-    try:
-        return known.refitted(theirs.refiner, refiner)
-    except ValueError as error:
-        raise ConfigError(f"the enlarger of {source.config.name}: {error}", "--set fresh=true") from error
 
 
 def _fresh_control(recipe: Recipe, base: Bundle, blocks: int) -> ControlConfig:
