@@ -57,6 +57,7 @@ def test_its_second_manner_begins_as_the_first() -> None:
     assert torch.equal(alone, made(photo, FAITHFUL)) and alone.shape == (2, 3, 80, 112)
     made.learn_to_please()
     assert made.config["pleases"] and torch.equal(made(photo, PLEASING), alone)
+    assert made.pleasing is not None and made.pleasing.exit.bias is not None
     made.pleasing.exit.bias.add_(0.1)
     assert torch.equal(made(photo, FAITHFUL), alone)
     assert (made(photo, PLEASING) - alone).abs().max() > 0.05
@@ -294,6 +295,7 @@ def test_texture_learns_from_what_it_begins_with_at_inference(tmp_path) -> None:
     crops = Crops(0, hq, hq, ["a"] * 2, ["b"] * 2, lq=hq[..., ::4, ::4], looks=("damaged",) * 2)
     assert made.cleaner is not None and made.cleaner.pleasing is not None
     before = {kind: float(run_step(kind, made, recipe, None, None, crops).loss) for kind in ("texture", "removal")}
+    assert made.cleaner.pleasing.exit.bias is not None
     made.cleaner.pleasing.exit.bias.add_(0.3)
     after = {kind: float(run_step(kind, made, recipe, None, None, crops).loss) for kind in ("texture", "removal")}
     assert after["removal"] == before["removal"] and after["texture"] != before["texture"]

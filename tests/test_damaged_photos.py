@@ -100,8 +100,8 @@ def test_who_asks_for_stage_1_or_for_none_gets_that(damaged, source, tmp_path, r
 
 def test_photos_that_look_clean_get_the_enlarger(source, damaged, tmp_path) -> None:
     clean = save_bundle_that_cleans(tmp_path / "clean", CLEAN)
-    for bundle, more in ((clean, {}), (damaged, {"looks": "clean"})):
-        said = run(bundle, source, tmp_path / "made.png", strength=0.0, **more).to_json()
+    for bundle, looks in ((clean, "auto"), (damaged, "clean")):
+        said = run(bundle, source, tmp_path / "made.png", strength=0.0, looks=looks).to_json()
         assert (said["cleaner"], said["enlarger"], said["removal"]) == (False, True, False)
     said = run(clean, source, tmp_path / "made.png", strength=0.0, looks="damaged").to_json()
     assert (said["cleaner"], said["enlarger"]) == (True, False)
