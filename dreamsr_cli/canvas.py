@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ class EnlargedPhoto:
 class FourfoldPhoto(EnlargedPhoto):
     """A photo at the target size by the bundle's enlarger or cleaner: what is encoded instead of stage 1's result."""
 
-    def __init__(self, photo: Photo, width: int, height: int, rows: FourfoldRows) -> None:
+    def __init__(self, photo: Photo, width: int, height: int, rows: FourfoldRows[Any]) -> None:
         """`rows`: of that size."""
         super().__init__(photo, width, height)
         self._rows = rows

@@ -197,7 +197,7 @@ def _fourfold_photo(job: PhotoJob, parts: OpenParts, progress: Progress | None =
     settings, photo, work = job.settings, job.photo, job.work
     told = SilentProgress() if progress is None else progress
     sizes = (photo.info.height, photo.info.width, work.height, work.width)
-    rows: FourfoldRows
+    rows: FourfoldRows[Any]
     if settings.cleaner:
         manner = FAITHFUL if settings.strength == 0 else PLEASING
         rows = CleanedRows(parts.cleaner(), manner, photo.read_rows, *sizes, parts.device, told.advance)

@@ -130,7 +130,7 @@ def _blocks(width: int, count: int) -> nn.Sequential:
     return nn.Sequential(*(_Residual(width) for _ in range(count)))
 
 
-class CleanedRows(FourfoldRows):
+class CleanedRows(FourfoldRows[Cleaner]):
     """Rows of a damaged photo, cleaned."""
 
     STRIP = 128
@@ -150,9 +150,9 @@ class CleanedRows(FourfoldRows):
         device: torch.device,
         on_strip: Callable[[], None] = lambda: None,
     ) -> None:
-        """As `FourfoldRows`, in one of `MANNERS`; `on_strip` is called after each strip."""
-        super().__init__(read_photo, height, width, out_height, out_width)
-        self._network, self._manner, self._device, self._on_strip = network, manner, device, on_strip
+        """As `FourfoldRows`, in one of `MANNERS`."""
+        super().__init__(network, read_photo, height, width, out_height, out_width, device, on_strip)
+        self._manner = manner
 
     def _strip(self, strip: int) -> np.ndarray:
         first, last = strip * self.STRIP, min((strip + 1) * self.STRIP, self._height)

@@ -13,7 +13,6 @@ Axes: B batch, P Q pixel rows and columns of the enlarged photo.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from typing import cast
 
 import numpy as np
@@ -26,7 +25,6 @@ from torch import Tensor, nn
 from dreamsr_cli.config import LOOKS
 from dreamsr_cli.models.autoencoder import Refiner
 from dreamsr_cli.models.fourfold import FACTOR, FourfoldRows
-from dreamsr_cli.resample import ReadRows
 
 assert FACTOR == Refiner.FOLD, "the refiner folds as many pixels into channels as a photo's pixel becomes"
 MANNERS = LOOKS[:2]
@@ -132,23 +130,8 @@ def fingerprint(refiner: Refiner) -> str:
     return digest.hexdigest()[:16]
 
 
-class EnlargedRows(FourfoldRows):
+class EnlargedRows(FourfoldRows[Refiner]):
     """Rows of a photo enlarged by `network` (`Enlarger.merged`)."""
-
-    def __init__(
-        self,
-        network: Refiner,
-        read_photo: ReadRows,
-        height: int,
-        width: int,
-        out_height: int,
-        out_width: int,
-        device: torch.device,
-        on_strip: Callable[[], None] = lambda: None,
-    ) -> None:
-        """As `FourfoldRows`; `on_strip` is called after each strip."""
-        super().__init__(read_photo, height, width, out_height, out_width)
-        self._network, self._device, self._on_strip = network, device, on_strip
 
     def _strip(self, strip: int) -> np.ndarray:
         first, last = strip * self.STRIP, min((strip + 1) * self.STRIP, self._height)

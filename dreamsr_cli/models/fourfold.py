@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import numpy as np
+import torch
+from torch import nn
 
 from dreamsr_cli.resample import KeptStrips, ReadRows, resize_rows
 
@@ -16,15 +20,30 @@ FACTOR = 4
 """Sides of what is made over those of the photo."""
 
 
-class FourfoldRows(ABC):
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class FourfoldRows(ABC, Generic[Network]):
     """Computed in strips that always lie the same, the last of which are kept: rows come out the same whatever is
     asked for with them. Several threads may ask."""
 
     STRIP = 64
     """Rows of the photo that are enlarged at a time."""
 
-    def __init__(self, read_photo: ReadRows, height: int, width: int, out_height: int, out_width: int) -> None:
-        """`read_photo(top, bottom)`: rows of the photo (height, width), float32 (rows, width, 3) in [0, 1]."""
+    def __init__(
+        self,
+        network: Network,
+        read_photo: ReadRows,
+        height: int,
+        width: int,
+        out_height: int,
+        out_width: int,
+        device: torch.device,
+        on_strip: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`network`: on `device`. `read_photo(top, bottom)`: rows of the photo (height, width), float32
+        (rows, width, 3) in [0, 1]. `on_strip` is called after each strip."""
+        self._network, self._device, self._on_strip = network, device, on_strip
         self._read_photo, self._height, self._width = read_photo, height, width
         self._out = (out_height, out_width)
         self._kept = KeptStrips(FACTOR * self.STRIP)
