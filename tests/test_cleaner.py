@@ -74,6 +74,24 @@ def test_the_way_down_learns_from_the_faithful_manner_alone() -> None:
         assert learns == {"down": manner == FAITHFUL, "faithful": manner == FAITHFUL, "pleasing": manner == PLEASING}
 
 
+def test_both_manners_at_once_share_the_way_down() -> None:
+    photo = torch.rand(1, 3, 16, 16)
+
+    def gradient(faithful: float, pleasing: float, sharing: float) -> torch.Tensor:
+        made = cleaner()
+        both = made.both(photo, sharing)
+        assert all(torch.equal(found, made(photo, manner)) for found, manner in zip(both, MANNERS, strict=True))
+        first, second = (part.sum() for part in both)
+        (faithful * first + pleasing * second).backward()
+        return torch.cat([weights.grad.flatten() for weights in made.down.parameters() if weights.grad is not None])
+
+    first, second = gradient(1, 0, 0.25), gradient(0, 1, 1)
+    assert first.norm() > 0 and second.norm() > 0 and not torch.allclose(first, second)
+    assert torch.allclose(gradient(1, 1, 0.25), first + 0.25 * second, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="one manner"):
+        cleaner(pleases=False).both(photo, 1.0)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("blocks", [(1, 1, 1), (2, 1, 2)])
 def test_it_reaches_as_far_as_it_says_and_no_farther(blocks) -> None:
@@ -218,6 +236,19 @@ def test_the_second_manner_learns_beside_the_first(trained, photos, tmp_path) ->
     assert moved and all(moved)
 
 
+def test_both_manners_learn_at_once(trained, photos, tmp_path) -> None:
+    looks = tmp_path / "looks"
+    train(job("cleaner-looks", photos, trained / "bundle", looks, steps=1), SilentProgress())
+    known = open_bundle(None, str(looks)).open_cleaner()
+    train(job("cleaner-both", photos, looks / "bundle", tmp_path / "both", steps=3), SilentProgress())
+    found = open_bundle(None, str(tmp_path / "both")).open_cleaner()
+    assert known is not None and found is not None and tuple(found.config["widths"]) == (8, 12, 12)
+    after = found.state_dict()
+    assert all(not torch.equal(after[name], value) for name, value in known.state_dict().items())
+    line = json.loads((tmp_path / "both" / "log.jsonl").read_text().splitlines()[-1])
+    assert set(line["validation"]) == {"cubic_psnr", "cleaned_psnr"}
+
+
 def test_stages_of_other_parts_keep_it(trained, photos, tmp_path) -> None:
     known = open_bundle(None, str(trained)).open_cleaner()
     assert known is not None
@@ -281,6 +312,9 @@ def test_a_perceptual_distance_has_its_weight(tiny_bundle) -> None:
     with_it = run_step("please", made, TINY, lambda x, y: (x - y).abs().mean((1, 2, 3)) + 1, None, crops)
     woven = run_step("please", made, replace(TINY, loss=replace(TINY.loss, lattice=2.0)), None, None, crops)
     assert torch.allclose(woven.loss, plain.loss + 2 * woven.terms["clean_lattice"], atol=1e-6)
+    both, faithful = (run_step(kind, made, TINY, None, None, crops) for kind in ("clean-both", "clean"))
+    assert torch.allclose(both.loss, faithful.loss + plain.loss, atol=1e-6)
+    assert torch.equal(both.terms["clean_faithful"], faithful.terms["clean_pixel"])
     weight = TINY.loss.cleaner_perceptual
     assert weight > 0 and torch.allclose(
         with_it.loss, plain.loss + weight * with_it.terms["clean_perceptual"], atol=1e-6
@@ -305,9 +339,11 @@ def test_texture_learns_from_what_it_begins_with_at_inference(tmp_path) -> None:
     assert cleaned_latent(replace(made, cleaner=None), crops) is None
 
 
-@pytest.mark.parametrize(("stage", "kind"), [("cleaner", "clean"), ("cleaner-looks", "please")])
+@pytest.mark.parametrize(
+    ("stage", "kind"), [("cleaner", "clean"), ("cleaner-looks", "please"), ("cleaner-both", "clean-both")]
+)
 def test_a_plan_counts_what_learns(stage, kind, trained) -> None:
     plan = training_plan(TINY, STAGES[stage], model=str(trained / "bundle"), dtype=torch.float32)
     assert set(plan.trained) == {"cleaner"} and plan.activations[0].kind == kind and plan.activations[0].peak > 0
     assert 0 < plan.trained["cleaner"] <= plan.parameters["cleaner"]
-    assert (plan.trained["cleaner"] == plan.parameters["cleaner"]) == (stage == "cleaner")
+    assert (plan.trained["cleaner"] == plan.parameters["cleaner"]) == (stage != "cleaner-looks")

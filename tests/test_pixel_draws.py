@@ -194,6 +194,7 @@ def test_jpeg_is_bicubic_and_a_fair_quality() -> None:
         ("jpeg", 91, "compressed"),
         ("jpeg", 92, "clean"),
         ("camera", None, "damaged"),
+        ("soft", None, "damaged"),
         ("realesrgan", None, "damaged"),
     ],
 )
@@ -201,13 +202,17 @@ def test_presets_leave_looks(preset: str, quality: int | None, looks: str) -> No
     assert looks_after(preset, quality) == looks
 
 
-def test_camera_keeps_the_size_and_adds_little() -> None:
-    params = drawn("camera")
-    for number, (gaussian, poisson, jpeg) in enumerate((((0, 3), (0.01, 0.2), 92), ((0, 2), (0.01, 0.1), 85))):
+@pytest.mark.parametrize(
+    ("preset", "sigma", "jpegs"), [("camera", (0.4, 3.0), (92, 85)), ("soft", (2.0, 4.5), (85, 75))]
+)
+def test_cameras_keep_the_size_and_add_little(preset: str, sigma: tuple, jpegs: tuple) -> None:
+    params = drawn(preset)
+    ranges = (((0, 3), (0.01, 0.2), jpegs[0]), ((0, 2), (0.01, 0.1), jpegs[1]))
+    for number, (gaussian, poisson, jpeg) in enumerate(ranges):
         passes = [p.passes[number] for p in params]
         assert all(p.factor == 1 and (p.blur is not None) == (number == 0) for p in passes)
         is_uniform([p.noise.strength for p in passes if p.noise.kind == "gaussian"], *gaussian)
         is_uniform([p.noise.strength for p in passes if p.noise.kind == "poisson"], *poisson)
         assert {p.jpeg for p in passes} == set(range(jpeg, 101))
-    is_blur([p.passes[0].blur for p in params if p.passes[0].blur is not None], (0.4, 3.0))
+    is_blur([p.passes[0].blur for p in params if p.passes[0].blur is not None], sigma)
     assert not any(p.sharpen or p.final_sinc for p in params)

@@ -45,7 +45,7 @@ def command(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="realesrgan, seesr-pairs, seesr-mild, camera, jpeg or bicubic (default seesr-pairs).",
+            help="realesrgan, seesr-pairs, seesr-mild, camera, soft, jpeg or bicubic (default seesr-pairs).",
             rich_help_panel=_PIXEL,
         ),
     ] = None,

@@ -27,7 +27,7 @@ def command(
         typer.Option(
             "--stage",
             help="autoencoder, backbone, controlnet, restoration, joint, cleanliness, enlarger, cleaner, "
-            "cleaner-looks or grain.",
+            "cleaner-looks, cleaner-both or grain.",
         ),
     ] = None,
     config: Annotated[

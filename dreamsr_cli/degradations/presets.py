@@ -1,4 +1,4 @@
-"""Settings of the pixel degradation: what SeeSR's two, Real-ESRGAN and our own `camera` and `jpeg` draw from."""
+"""Settings of the pixel degradation: what SeeSR's two, Real-ESRGAN and our `camera`, `soft` and `jpeg` draw from."""
 
 from __future__ import annotations
 
@@ -81,6 +81,13 @@ PRESETS: dict[str, Preset | ShrinkPreset] = {
     "camera": Preset(
         _camera(1.0, (0.4, 3.0), (0, 3), (0.01, 0.2), (92, 100)),
         _camera(0.0, (0.2, 0.8), (0, 2), (0.01, 0.1), (85, 100)),
+        sharpen=False,
+        sinc_share=0.0,
+    ),
+    # Ours: a photo without detail at its own size: a little out of focus, or enlarged before.
+    "soft": Preset(
+        _camera(1.0, (2.0, 4.5), (0, 3), (0.01, 0.2), (85, 100)),
+        _camera(0.0, (0.2, 0.8), (0, 2), (0.01, 0.1), (75, 100)),
         sharpen=False,
         sinc_share=0.0,
     ),

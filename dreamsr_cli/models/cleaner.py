@@ -65,10 +65,22 @@ class Cleaner(ModelMixin, ConfigMixin):
     def forward(self, photo_B3PQ: Tensor, manner: str) -> Tensor:
         """Photos on [0, 1], P and Q multiples of `ALIGN`, to (B, 3, 4P, 4Q) on the same scale, float32: what the cubic
         gets added. The way down learns from the faithful manner alone."""
-        levels = self.down((photo_B3PQ - 0.5).to(self.down.entry.weight.dtype))
+        levels = self._levels(photo_B3PQ)
         if manner == FAITHFUL or self.pleasing is None:
             return self.faithful(levels)
         return self.pleasing([level.detach() for level in levels])
+
+    def both(self, photo_B3PQ: Tensor, sharing: float) -> tuple[Tensor, Tensor]:
+        """What `forward` gives in each of `MANNERS`; the way down learns from both, but gets only `sharing` of the
+        second one's gradient."""
+        if self.pleasing is None:
+            raise ValueError("this cleaner has one manner: learn_to_please first")
+        levels = self._levels(photo_B3PQ)
+        shared = [level.detach() + sharing * (level - level.detach()) for level in levels]
+        return self.faithful(levels), self.pleasing(shared)
+
+    def _levels(self, photo_B3PQ: Tensor) -> list[Tensor]:
+        return self.down((photo_B3PQ - 0.5).to(self.down.entry.weight.dtype))
 
 
 class _Down(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dreamsr_cli.errors import TrainingError
 from dreamsr_cli.losses import lattice_strength, rounded_distance
-from dreamsr_cli.models.cleaner import ALIGN, FAITHFUL, PLEASING
+from dreamsr_cli.models.cleaner import ALIGN, FAITHFUL, PLEASING, Cleaner
 from dreamsr_cli.models.fourfold import FACTOR
 from dreamsr_cli.models.perceptual import Perceptual
 from dreamsr_cli.training.networks import Networks
@@ -27,7 +27,21 @@ def clean_step(networks: Networks, recipe: Recipe, crops: Crops) -> Outcome:
 def please_step(networks: Networks, recipe: Recipe, perceptual: Perceptual | None, crops: Crops) -> Outcome:
     """A step of stage `cleaner-looks`: that distance, LPIPS and the lattice of pleasingly cleaned crops. Raises as
     `cleaned` does."""
-    weights, made = recipe.loss, cleaned(networks, crops, PLEASING)
+    return _pleased(recipe, perceptual, cleaned(networks, crops, PLEASING), crops)
+
+
+def both_step(networks: Networks, recipe: Recipe, perceptual: Perceptual | None, crops: Crops) -> Outcome:
+    """A step of stage `cleaner-both`: the losses of `clean_step` and `please_step`, from one way down, which learns
+    from both. Raises as `cleaned` does."""
+    cleaner, lq = _ready(networks, crops)
+    faithful, pleasing = (crops.lq_up + added for added in cleaner.both(lq, recipe.loss.cleaner_sharing))
+    distance = rounded_distance(faithful, crops.hq, recipe.loss.cleaner_knee)
+    pleased = _pleased(recipe, perceptual, pleasing, crops)
+    return Outcome(distance + pleased.loss, {"clean_faithful": distance.detach(), **pleased.terms})
+
+
+def _pleased(recipe: Recipe, perceptual: Perceptual | None, made: Tensor, crops: Crops) -> Outcome:
+    weights = recipe.loss
     loss = rounded_distance(made, crops.hq, weights.cleaner_knee)
     terms = {"clean_pixel": loss.detach()}
     if perceptual is not None and weights.cleaner_perceptual:
@@ -42,6 +56,12 @@ def please_step(networks: Networks, recipe: Recipe, perceptual: Perceptual | Non
 def cleaned(networks: Networks, crops: Crops, manner: str) -> Tensor:
     """The bad crops cleaned in one of `MANNERS`, (B, 3, P, Q), float32, about [0, 1]. Raises `TrainingError` for crops
     of another scale than the cleaner's, and for sides that it can't halve twice."""
+    cleaner, lq = _ready(networks, crops)
+    return crops.lq_up + cleaner(lq, manner)
+
+
+def _ready(networks: Networks, crops: Crops) -> tuple[Cleaner, Tensor]:
+    """The cleaner, and bad crops that it can take."""
     if networks.cleaner is None or crops.lq is None:
         raise ValueError("cleaning needs the cleaner and bad crops at their own size")
     if crops.hq.shape[2] != FACTOR * crops.lq.shape[2]:
@@ -54,7 +74,7 @@ def cleaned(networks: Networks, crops: Crops, manner: str) -> Tensor:
             f"bad crops of {crops.lq.shape[3]} pixels: the cleaner needs multiples of {ALIGN}",
             "--set 'data.crops=[{size=256,batch=16,share=1.0}]'",
         )
-    return crops.lq_up + networks.cleaner(crops.lq, manner)
+    return networks.cleaner, crops.lq
 
 
 @torch.no_grad()

@@ -24,9 +24,12 @@ class LossRecipe:
     """Weight of the removal part beside the texture part, stage backbone (ours): LPIPS has by far the larger gradient,
     and what both parts share would learn from it alone."""
     cleaner_perceptual: float = 0.3
-    """Stage cleaner-looks: weight of LPIPS beside the pixel distance (ours)."""
+    """Stages cleaner-looks and cleaner-both: weight of LPIPS beside the pixel distance (ours)."""
+    cleaner_sharing: float = 0.1
+    """Stage cleaner-both: how much of the second manner's gradient the way down gets, which has LPIPS in it and is
+    about ten times as long as the first one's."""
     cleaner_knee: float = 0.03
-    """Stages cleaner and cleaner-looks: errors below this count by their square, larger ones by their size; pixels on
+    """Stages of the cleaner: errors below this count by their square, larger ones by their size; pixels on
     [0, 1]."""
     grain_perceptual: float = 1.0
     """Stage grain: weight of LPIPS, which wants little of it (ours)."""

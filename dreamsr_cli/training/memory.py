@@ -102,7 +102,7 @@ def step_memory(
     `pixel_terms`: count decoder and perceptual distance (eq. 6 and 7); a texture step needs them for the crops with
     t <= 0.2, which may be all of a small batch.
     """
-    if kind in ("judge", "enlarge", "clean", "please", "grain"):
+    if kind in ("judge", "enlarge", "clean", "please", "clean-both", "grain"):
         return StepMemory(kind, _small_network_bytes(networks, kind, side), 0, 0)
     decoder = _decoder_bytes(networks, side, trained=kind == "reconstruct") if pixel_terms else 0
     if kind == "reconstruct":
@@ -199,7 +199,7 @@ def _small_network_bytes(networks: MetaNetworks, kind: str, side: int) -> int:
         return saved_bytes(lambda: enlarger(autoencoder.refiner, cubic, MANNERS[0]).sum(), [enlarger])
     if kind == "grain":
         return 0 if networks.grain is None else _grain_bytes(networks.grain, networks.perceptual, side)
-    if kind in ("clean", "please"):
+    if kind in ("clean", "please", "clean-both"):
         return 0 if networks.cleaner is None else _cleaner_bytes(networks.cleaner, kind, networks.perceptual, side)
     network = networks.cleanliness
     if network is None:
@@ -212,8 +212,12 @@ def _cleaner_bytes(cleaner: Cleaner, kind: str, perceptual: nn.Module | None, si
     small = torch.empty(1, 3, side // FACTOR, side // FACTOR, device="meta")
 
     def forward() -> Tensor:
-        made = cleaner(small, FAITHFUL if kind == "clean" else PLEASING)
-        distance = made.square().mean()
+        if kind == "clean-both":
+            faithful, made = cleaner.both(small, 1.0)
+            distance = faithful.square().mean() + made.square().mean()
+        else:
+            made = cleaner(small, FAITHFUL if kind == "clean" else PLEASING)
+            distance = made.square().mean()
         return distance if perceptual is None else distance + perceptual(made).sum()
 
     return saved_bytes(forward, [cleaner] if perceptual is None else [cleaner, perceptual])

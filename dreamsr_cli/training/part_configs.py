@@ -291,7 +291,7 @@ def _grain_config(recipe: Recipe, stage: Stage, bundle: Bundle) -> Mapping[str, 
 
 
 def _cleaner_config(recipe: Recipe, stage: Stage, bundle: Bundle) -> Mapping[str, Any] | None:
-    pleases = "please" in stage.learners
+    pleases = stage.pleases
     if "cleaner" in bundle.config.parts and (pleases or not (stage.cleans and recipe.fresh)):
         return {**_read(bundle, "cleaner"), **({"pleases": True} if pleases else {})}
     sizes = recipe.sizes

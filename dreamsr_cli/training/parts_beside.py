@@ -50,7 +50,7 @@ def parts_beside(
 
 def _cleaner(recipe: Recipe, stage: Stage, source: Bundle) -> Cleaner:
     """The cleaner of `source`, or a fresh one; with its second manner in the stage that trains that."""
-    pleases = "please" in stage.learners
+    pleases = stage.pleases
     known = None if recipe.fresh and not pleases else source.open_cleaner()
     if known is None and pleases:
         raise ConfigError(

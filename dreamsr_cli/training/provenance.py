@@ -75,9 +75,9 @@ def losses(stage: Stage, recipe: Recipe) -> str:
         return f"pixel {loss.pixel_kind} on undamaged crops enlarged"
     if stage.cleans:
         terms = [f"Charbonnier with its knee at {loss.cleaner_knee:g}"]
-        pleases = perceptual and "please" in stage.learners
+        pleases = perceptual and stage.pleases
         terms += [f"{loss.cleaner_perceptual:g} · {loss.perceptual}"] * (pleases and loss.cleaner_perceptual > 0)
-        terms += lattice * ("please" in stage.learners)
+        terms += lattice * (stage.pleases)
         return " + ".join(terms)
     if stage.grains:
         terms = [f"{loss.grain_perceptual:g} · {loss.perceptual}"] * (perceptual and loss.grain_perceptual > 0)

@@ -37,7 +37,7 @@ def sample_rows(networks: Networks, recipe: Recipe, source: Source, stage: Stage
         if stage.enlarges:
             shown["enlarged"] = enlarged(networks, crops)
         elif stage.cleans:
-            shown["cleaned"] = cleaned(networks, crops, PLEASING if "please" in stage.learners else FAITHFUL)
+            shown["cleaned"] = cleaned(networks, crops, PLEASING if stage.pleases else FAITHFUL)
         elif not stage.judges:
             shown["round trip"] = autoencoder.decode(autoencoder.encode(crops.hq * 2 - 1)) / 2 + 0.5
     else:

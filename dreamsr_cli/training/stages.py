@@ -1,9 +1,10 @@
 """Stages are data: which parts train in which kind of step, and what a step is made of (method.md, Training).
 
 Stages `autoencoder` and `backbone` make a bundle that has no pretrained prior (decisions.md). Stage `cleanliness`
-trains what judges photos, stage `enlarger` what enlarges undamaged ones, stages `cleaner` and `cleaner-looks` what
-cleans damaged ones, stage `grain` what says how strong the finest texture of a result is to be. The other three are the
-paper's: the transformer is frozen, and only the MM-ControlNet (texture steps) and the LoRA (removal steps) learn.
+trains what judges photos, stage `enlarger` what enlarges undamaged ones, stages `cleaner`, `cleaner-looks` and
+`cleaner-both` what cleans damaged ones, stage `grain` what says how strong the finest texture of a result is to be. The
+other three are the paper's: the transformer is frozen, and only the MM-ControlNet (texture steps) and the LoRA (removal
+steps) learn.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Stage:
     through encode and decode), "texture" (eq. 5 and 6, LoRA off), "removal" (eq. 7, LoRA on), "both" (a removal part,
     then a texture part on the same crops, one loss), "judge" (bad crops alone: how they look),
     "enlarge" (crops that were only shrunk, or then saved as JPEGs, back to their good versions), "clean" (bad crops to
-    their good versions), "please" (the same by LPIPS), "grain" (grain on what frozen networks make of bad crops)."""
+    their good versions), "please" (the same by LPIPS), "clean-both" (the two at once), "grain" (grain on what frozen
+    networks make of bad crops)."""
     fit_transform: bool = False
     """Fit the patch transform in closed form before the first step."""
     prior: bool = True
@@ -53,7 +55,7 @@ class Stage:
     @property
     def restore(self) -> bool:
         """Whether the networks take part that make pictures, beside the autoencoder."""
-        return not {"reconstruct", "judge", "enlarge", "clean", "please"} & self.learners.keys()
+        return not {"reconstruct", "judge", "enlarge"} & self.learners.keys() and not self.cleans
 
     @property
     def judges(self) -> bool:
@@ -68,12 +70,17 @@ class Stage:
     @property
     def cleans(self) -> bool:
         """Whether its steps make good crops of bad ones in pixels alone."""
-        return bool({"clean", "please"} & self.learners.keys())
+        return "clean" in self.learners or self.pleases
+
+    @property
+    def pleases(self) -> bool:
+        """Whether the cleaner's second manner learns in its steps."""
+        return bool({"please", "clean-both"} & self.learners.keys())
 
     @property
     def compares(self) -> bool:
         """Whether its losses may have a perceptual distance."""
-        return self.restore or "please" in self.learners
+        return self.restore or self.pleases
 
     @property
     def grains(self) -> bool:
@@ -108,6 +115,7 @@ STAGES = {
         Stage("enlarger", "enlarging photos that only lack pixels", {"enlarge": ENLARGER}),
         Stage("cleaner", "cleaning damaged photos, faithfully", {"clean": CLEANER}),
         Stage("cleaner-looks", "cleaning damaged photos for texture to begin from", {"please": PLEASING}),
+        Stage("cleaner-both", "both manners of the cleaner at once", {"clean-both": (*CLEANER, *PLEASING)}),
         Stage("grain", "how strong grain is to be on results", {"grain": GRAIN}),
     )
 }

@@ -24,7 +24,7 @@ from dreamsr_cli.losses import (
 from dreamsr_cli.models.perceptual import Perceptual, on_window
 from dreamsr_cli.models.text_encoder import TextEmbedding
 from dreamsr_cli.training.both_stages import draw_texture, encoded, remove, texts_of, texture_velocity
-from dreamsr_cli.training.clean_steps import clean_step, cleaned_latent, please_step
+from dreamsr_cli.training.clean_steps import both_step, clean_step, cleaned_latent, please_step
 from dreamsr_cli.training.grain_steps import grain_step
 from dreamsr_cli.training.looks_steps import enlarge_step, judge_step
 from dreamsr_cli.training.networks import Networks
@@ -75,6 +75,8 @@ def run_step(
             return clean_step(networks, recipe, crops)
         case "please":
             return please_step(networks, recipe, perceptual, crops)
+        case "clean-both":
+            return both_step(networks, recipe, perceptual, crops)
         case "grain":
             return grain_step(networks, recipe, perceptual, crops)
     raise ValueError(f"no step of kind {kind!r}")

@@ -51,7 +51,7 @@ def validate(
     if stage.enlarges:
         return _enlarged(networks, recipe, source)
     if stage.cleans:
-        return _cleaned(networks, recipe, source, perceptual, PLEASING if "please" in stage.learners else FAITHFUL)
+        return _cleaned(networks, recipe, source, perceptual, PLEASING if stage.pleases else FAITHFUL)
     if stage.grains:
         return _grained(networks, recipe, source, perceptual)
     figures: dict[str, list[float]] = {}
