@@ -16,9 +16,11 @@ from dreamsr_cli.errors import ConfigError, JournalError, TrainingError, UsageEr
 from dreamsr_cli.folder_lock import FolderLock
 from dreamsr_cli.models.bundle import open_bundle
 from dreamsr_cli.progress import SilentProgress
+from dreamsr_cli.training.adversarial import gan_weight
 from dreamsr_cli.training.both_stages import encode_texts, remove
 from dreamsr_cli.training.networks import MODULES, Networks, build_on
 from dreamsr_cli.training.plan import training_plan
+from dreamsr_cli.training.provenance import losses
 from dreamsr_cli.training.recipe import CropPlan, Recipe, for_ablation
 from dreamsr_cli.training.stages import CONTROL, STAGES, kind_of_step
 from dreamsr_cli.training.step_data import Crops
@@ -187,7 +189,7 @@ def test_a_run_may_begin_with_less_of_the_lora(photos, tiny_bundle, tmp_path) ->
     assert trained[1] * rank(tiny_bundle) == trained[0] * rank(result.bundle)
 
 
-@pytest.mark.parametrize("stage", PAPERS)
+@pytest.mark.parametrize("stage", [*PAPERS, "transformer"])
 def test_a_run_changes_its_parts_and_leaves_the_rest_as_it_was(photos, tiny_bundle, tmp_path, stage) -> None:
     before = on(tiny_bundle, stage)
     result = train(job(photos, tiny_bundle, tmp_path / "run", stage), SilentProgress())
@@ -200,7 +202,7 @@ def test_a_run_changes_its_parts_and_leaves_the_rest_as_it_was(photos, tiny_bund
     }
     assert changed == set(STAGES[stage].trains)
     config = json.loads((result.bundle / "bundle.json").read_text())
-    for part in ("transformer", "vae", "text_encoder"):
+    for part in {"transformer", "vae", "text_encoder"} - changed:
         assert config["parts"][part] == {"bundle": str(tiny_bundle.resolve())}
     own = {part for part in config["parts"] if "path" in config["parts"][part]}
     assert own == set(STAGES[stage].trains) == {p.name for p in result.bundle.iterdir() if p.is_dir()}
@@ -353,6 +355,14 @@ def test_what_makes_no_sense_is_refused_before_a_folder_is_made(photos, tiny_bun
         wide = replace(REMOVED, fresh=True, control=replace(RECIPE.control, map=(0, None, 1)))
         train(job(photos, tiny_bundle, out, "joint", wide), SilentProgress())
     assert not out.exists() or not (out / "bundle").exists()
+
+
+def test_stage_transformer_is_for_bundles_of_our_own_and_has_no_gan(photos, tiny_flux_bundle, tmp_path) -> None:
+    with pytest.raises(UsageError, match="stage transformer trains bundles of our own kind.*FLUX's parts"):
+        train(job(photos, tiny_flux_bundle, tmp_path / "run", "transformer"), SilentProgress())
+    stage = STAGES["transformer"]
+    assert gan_weight(REMOVED, stage) == 0 and gan_weight(REMOVED, STAGES["joint"]) == 0.5
+    assert "GAN" not in losses(stage, REMOVED) and "removal" in losses(stage, REMOVED)
 
 
 def test_flux_parts_train_and_their_licence_is_passed_on(photos, tiny_flux_bundle, tmp_path) -> None:

@@ -26,8 +26,8 @@ def command(
         str | None,
         typer.Option(
             "--stage",
-            help="autoencoder, backbone, controlnet, restoration, joint, cleanliness, enlarger, cleaner, "
-            "cleaner-looks, cleaner-both or grain.",
+            help="autoencoder, backbone, transformer, controlnet, restoration, joint, cleanliness, enlarger, "
+            "cleaner, cleaner-looks, cleaner-both or grain.",
         ),
     ] = None,
     config: Annotated[

@@ -25,12 +25,12 @@ BETAS = (0.5, 0.99)
 
 
 def gan_weight(recipe: Recipe, stage: Stage) -> float:
-    """lambda_2: the recipe's, or where it says nothing the paper's in the paper's stages, none in `backbone`."""
+    """lambda_2: the recipe's, or where it says nothing the paper's in the paper's stages, none in the others."""
     if not stage.removes:
         return 0.0
     if recipe.loss.gan is not None:
         return recipe.loss.gan
-    return PAPERS_GAN if stage.prior else 0.0
+    return PAPERS_GAN if stage.papers else 0.0
 
 
 class Adversary:

@@ -318,6 +318,11 @@ def build_on(
     device, source = torch.device("cpu"), base if stage.stands_alone else start or base
     transformer = base.open_part("transformer", FluxTransformer2DModel, dtype)
     autoencoder = base.open_autoencoder(device, dtype)
+    if "transformer" in stage.trains and not isinstance(autoencoder, PatchAutoencoder):
+        raise UsageError(
+            f"stage {stage.name} trains bundles of our own kind, {base.config.name} has FLUX's parts",
+            "use --stage controlnet, restoration or joint",
+        )
     # FLUX's encoders are larger than what trains: they are opened only for prompts that are new.
     small = (base.part_folder("text_encoder") / "config.json").is_file()
     text_encoder = base.open_text_encoder(device, dtype) if small else LazyTextEncoder(base, target, dtype)

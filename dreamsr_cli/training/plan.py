@@ -217,7 +217,7 @@ def _trained(networks: MetaNetworks, stage: Stage) -> dict[str, int]:
 
 
 def _has_critic(recipe: Recipe, stage: Stage) -> bool:
-    weight = recipe.loss.gan if recipe.loss.gan is not None else PAPERS_GAN if stage.prior else 0.0
+    weight = recipe.loss.gan if recipe.loss.gan is not None else PAPERS_GAN if stage.papers else 0.0
     return stage.removes and weight > 0
 
 

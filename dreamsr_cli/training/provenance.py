@@ -68,7 +68,7 @@ def losses(stage: Stage, recipe: Recipe) -> str:
     critic = f"heads on the features of {loss.perceptual}" if loss.gan_sees == "features" else "U-Net"
     gan = [f"{weight:g} · GAN from step {loss.gan_start} on (hinge, spectrally normalised {critic})"] * (weight > 0)
     # Where the texture part ends as inference does, it is what has to look like photos (`restoration_step`).
-    textured = stage.name == "backbone" and recipe.renoised_share > 0
+    textured = "both" in stage.learners and recipe.renoised_share > 0
     if stage.judges:
         return "cross-entropy of clean, compressed and damaged"
     if stage.enlarges:
@@ -89,7 +89,7 @@ def losses(stage: Stage, recipe: Recipe) -> str:
         terms += [f"{loss.removal_perceptual:g} · {loss.perceptual}"] * (perceptual and loss.removal_perceptual > 0)
         terms += lattice
         terms += gan * (not textured)
-        share = f", all · {loss.removal_part:g}" * (loss.removal_part != 1 and stage.textures and not stage.prior)
+        share = f", all · {loss.removal_part:g}" * (loss.removal_part != 1 and stage.textures and not stage.papers)
         words.append("removal (eq. 7): " + " + ".join(terms) + share)
     if stage.textures:
         extra = [

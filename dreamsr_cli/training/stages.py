@@ -1,10 +1,10 @@
 """Stages are data: which parts train in which kind of step, and what a step is made of (method.md, Training).
 
-Stages `autoencoder` and `backbone` make a bundle that has no pretrained prior (decisions.md). Stage `cleanliness`
-trains what judges photos, stage `enlarger` what enlarges undamaged ones, stages `cleaner`, `cleaner-looks` and
-`cleaner-both` what cleans damaged ones, stage `grain` what says how strong the finest texture of a result is to be. The
-other three are the paper's: the transformer is frozen, and only the MM-ControlNet (texture steps) and the LoRA (removal
-steps) learn.
+Stages `autoencoder` and `backbone` make a bundle that has no pretrained prior (decisions.md), stage `transformer`
+trains one further. Stage `cleanliness` trains what judges photos, stage `enlarger` what enlarges undamaged ones, stages
+`cleaner`, `cleaner-looks` and `cleaner-both` what cleans damaged ones, stage `grain` what says how strong the finest
+texture of a result is to be. The other three are the paper's: the transformer is frozen, and only the MM-ControlNet
+(texture steps) and the LoRA (removal steps) learn.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ GRAIN = ("grain",)
 CLEANER, PLEASING = ("cleaner.down", "cleaner.faithful"), ("cleaner.pleasing",)
 """What cleans damaged photos in the place of stage 1, and its second manner."""
 EVERYTHING = ("transformer", *CONTROL, "text_encoder", "refiner", "lora")
+ON_LATENTS = tuple(part for part in EVERYTHING if part != "refiner")
+"""What the refiner, and with it the enlarger, doesn't depend on."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ class Stage:
     def trains(self) -> tuple[str, ...]:
         """All parts whose weights change."""
         return tuple(part for parts in self.learners.values() for part in parts)
+
+    @property
+    def papers(self) -> bool:
+        """Whether it is the paper's: the transformer is frozen."""
+        return self.prior and self.restore and "transformer" not in self.trains
 
     @property
     def restore(self) -> bool:
@@ -108,6 +115,7 @@ STAGES = {
     for stage in (
         Stage("autoencoder", "latents: transform and refiner", {"reconstruct": ("refiner",)}, True, prior=False),
         Stage("backbone", "every network at once, from nothing", {"both": EVERYTHING}, prior=False),
+        Stage("transformer", "every network but the refiner, on from a bundle of our own", {"both": ON_LATENTS}),
         Stage("controlnet", "texture: the MM-ControlNet", {"texture": CONTROL}),
         Stage("restoration", "removal: the LoRA", {"removal": LORA}),
         Stage("joint", "texture or removal, drawn step by step", {"texture": CONTROL, "removal": LORA}),
