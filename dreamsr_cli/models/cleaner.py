@@ -71,8 +71,8 @@ class Cleaner(ModelMixin, ConfigMixin):
         return self.pleasing([level.detach() for level in levels])
 
     def both(self, photo_B3PQ: Tensor, sharing: float) -> tuple[Tensor, Tensor]:
-        """What `forward` gives in each of `MANNERS`; the way down learns from both, but gets only `sharing` of the
-        second one's gradient."""
+        """What `forward` gives in each of `MANNERS`, (B, 3, 4P, 4Q) both; the way down learns from both, but gets only
+        `sharing` (0 to 1) of the second one's gradient. `ValueError` where there is no second one."""
         if self.pleasing is None:
             raise ValueError("this cleaner has one manner: learn_to_please first")
         levels = self._levels(photo_B3PQ)

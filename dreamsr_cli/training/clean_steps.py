@@ -41,6 +41,7 @@ def both_step(networks: Networks, recipe: Recipe, perceptual: Perceptual | None,
 
 
 def _pleased(recipe: Recipe, perceptual: Perceptual | None, made: Tensor, crops: Crops) -> Outcome:
+    """The second manner's loss of crops (B, 3, P, Q) that it made, about [0, 1]."""
     weights = recipe.loss
     loss = rounded_distance(made, crops.hq, weights.cleaner_knee)
     terms = {"clean_pixel": loss.detach()}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dreamsr_cli.errors import ConfigError
+from dreamsr_cli.training.adversarial import gan_weight
 from dreamsr_cli.training.memory import (
     RESERVE,
     SPARE,
@@ -25,7 +26,7 @@ from dreamsr_cli.training.memory import (
     step_memory,
 )
 from dreamsr_cli.training.part_configs import MetaNetworks, build_meta, configs_for
-from dreamsr_cli.training.recipe import PAPERS_GAN, Recipe, for_ablation
+from dreamsr_cli.training.recipe import Recipe, for_ablation
 from dreamsr_cli.training.stages import Stage
 
 CARDS = ((24, 1), (48, 1), (80, 1), (80, 8))
@@ -156,7 +157,7 @@ def training_plan(
     networks = build_meta(configs_for(recipe, stage, model), dtype, perceptual, recipe.loss.gan_sees)
     itemsize = dtype.itemsize
     parameters, trained = networks.parameters(), _trained(networks, stage)
-    if not _has_critic(recipe, stage):
+    if not gan_weight(recipe, stage):
         parameters.pop("discriminator", None)
         trained.pop("discriminator", None)
     optim = recipe.optim
@@ -214,11 +215,6 @@ def _trained(networks: MetaNetworks, stage: Stage) -> dict[str, int]:
     if stage.removes:
         learn["discriminator"] = whole["discriminator"]
     return learn
-
-
-def _has_critic(recipe: Recipe, stage: Stage) -> bool:
-    weight = recipe.loss.gan if recipe.loss.gan is not None else PAPERS_GAN if stage.papers else 0.0
-    return stage.removes and weight > 0
 
 
 def _best(
