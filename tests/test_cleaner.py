@@ -28,7 +28,7 @@ from dreamsr_cli.training.clean_steps import cleaned, cleaned_latent
 from dreamsr_cli.training.networks import build_on
 from dreamsr_cli.training.optimisers import HIDDEN
 from dreamsr_cli.training.plan import training_plan
-from dreamsr_cli.training.recipe import CropPlan
+from dreamsr_cli.training.recipe import CropPlan, load_recipe
 from dreamsr_cli.training.stages import STAGES
 from dreamsr_cli.training.step_data import Crops
 from dreamsr_cli.training.steps import run_step
@@ -64,6 +64,23 @@ def test_its_second_manner_begins_as_the_first() -> None:
     known = made.pleasing
     made.learn_to_please()
     assert made.pleasing is known
+
+
+@torch.no_grad()
+def test_new_blocks_change_nothing_until_they_are_trained(tmp_path) -> None:
+    made, photo = cleaner(), torch.rand(2, 3, 20, 28)
+    before = [made(photo, manner) for manner in MANNERS]
+    _, had_half, had_quarter = had = made.config["blocks"]
+    made.deepen((3, 0, had_quarter + 1))
+    assert tuple(made.config["blocks"]) == (3, had_half, had_quarter + 1) and had[0] < 3
+    assert all(torch.equal(made(photo, manner), alone) for manner, alone in zip(MANNERS, before, strict=True))
+    made.save_pretrained(tmp_path)
+    again = Cleaner.from_pretrained(tmp_path)
+    assert torch.equal(again(photo, PLEASING), before[1])
+    weights = dict(again.named_parameters())
+    for part in ("down.at_full.2", f"down.at_quarter.{had_quarter}", "faithful.at_full.2", "pleasing.at_full.2"):
+        weights[f"{part}.second.bias"].add_(0.1)
+    assert all((again(photo, m) - alone).abs().max() > 1e-3 for m, alone in zip(MANNERS, before, strict=True))
 
 
 def test_the_way_down_learns_from_the_faithful_manner_alone() -> None:
@@ -247,6 +264,23 @@ def test_both_manners_learn_at_once(trained, photos, tmp_path) -> None:
     assert all(not torch.equal(after[name], value) for name, value in known.state_dict().items())
     line = json.loads((tmp_path / "both" / "log.jsonl").read_text().splitlines()[-1])
     assert set(line["validation"]) == {"cubic_psnr", "cleaned_psnr"}
+
+
+def test_it_is_made_deeper_where_it_is_trained_on(trained, photos, tmp_path) -> None:
+    looks = tmp_path / "looks"
+    train(job("cleaner-looks", photos, trained / "bundle", looks, steps=1), SilentProgress())
+    deeper = job("cleaner-both", photos, looks / "bundle", tmp_path / "both", steps=3)
+    recipe = replace(deeper.recipe, sizes=replace(TINY.sizes, cleaner_deepen=(2, 0, 0)))
+    known = open_bundle(None, str(looks)).open_cleaner()
+    planned = training_plan(recipe, deeper.stage, model=deeper.model, dtype=torch.float32)
+    train(replace(deeper, recipe=recipe), SilentProgress())
+    found = open_bundle(None, str(tmp_path / "both")).open_cleaner()
+    assert known is not None and found is not None and tuple(found.config["blocks"]) == (2, 1, 1)
+    assert planned.parameters["cleaner"] == sum(p.numel() for p in found.parameters())
+    assert sum(p.numel() for p in known.parameters()) < planned.parameters["cleaner"]
+    assert all(weights.any() for weights in found.parameters())
+    with pytest.raises(ConfigError, match="cleaner_deepen is"):
+        load_recipe("mini", ["sizes.cleaner_deepen=[1,-1,0]"])
 
 
 def test_stages_of_other_parts_keep_it(trained, photos, tmp_path) -> None:

@@ -13,7 +13,7 @@ Axes: B batch, C channels, P Q pixel rows and columns of the photo.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from dreamsr_cli.resample import ReadRows
 FAITHFUL, PLEASING = MANNERS = "faithful", "pleasing"
 """As close to the pixels as squares get, for results without texture; and as people would like it, as LPIPS says, for
 texture to begin from."""
+_PLACES = "at_full", "at_half", "at_quarter"
 ALIGN = 4
 """Sides of what the network sees are multiples of this: it halves them twice."""
 
@@ -61,6 +62,18 @@ class Cleaner(ModelMixin, ConfigMixin):
         if self.pleasing is None:
             self.pleasing = copy.deepcopy(self.faithful)
             self.register_to_config(pleases=True)
+
+    def deepen(self, blocks: Sequence[int]) -> None:
+        """From now on it has at least so many residual blocks at the photo's size, at half and at a quarter of it. New
+        ones come after those that are there, and change nothing until they are trained."""
+        widths, had = self.config["widths"], self.config["blocks"]
+        wanted = tuple(map(max, had, blocks))
+        for part in filter(None, (self.down, self.faithful, self.pleasing)):
+            for name, width, count in zip(_PLACES, widths, wanted, strict=True):
+                here = getattr(part, name, None)
+                if here is not None:
+                    here.extend(_blocks(width, count - len(here)))
+        self.register_to_config(blocks=wanted)
 
     def forward(self, photo_B3PQ: Tensor, manner: str) -> Tensor:
         """Photos on [0, 1], P and Q multiples of `ALIGN`, to (B, 3, 4P, 4Q) on the same scale, float32: what the cubic

@@ -291,11 +291,14 @@ def _grain_config(recipe: Recipe, stage: Stage, bundle: Bundle) -> Mapping[str, 
 
 
 def _cleaner_config(recipe: Recipe, stage: Stage, bundle: Bundle) -> Mapping[str, Any] | None:
-    pleases = stage.pleases
-    if "cleaner" in bundle.config.parts and (pleases or not (stage.cleans and recipe.fresh)):
-        return {**_read(bundle, "cleaner"), **({"pleases": True} if pleases else {})}
     sizes = recipe.sizes
-    return {"widths": sizes.cleaner_widths, "blocks": sizes.cleaner_blocks} if stage.cleans else None
+    known = "cleaner" in bundle.config.parts and (stage.pleases or not (stage.cleans and recipe.fresh))
+    if not stage.cleans:
+        return _read(bundle, "cleaner") if known else None
+    fresh: dict[str, Any] = {"widths": sizes.cleaner_widths, "blocks": sizes.cleaner_blocks}
+    config = _read(bundle, "cleaner") if known else fresh
+    deepened = {"blocks": tuple(map(max, config["blocks"], sizes.cleaner_deepen))}
+    return {**config, **deepened, **({"pleases": True} if stage.pleases else {})}
 
 
 def _lora_rank(recipe: Recipe, stage: Stage, bundle: Bundle) -> int:

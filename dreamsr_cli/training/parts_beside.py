@@ -61,6 +61,7 @@ def _cleaner(recipe: Recipe, stage: Stage, source: Bundle) -> Cleaner:
         if recipe.fresh:
             found.pleasing = None
         found.learn_to_please()
+    found.deepen(recipe.sizes.cleaner_deepen)
     return found
 
 

@@ -49,6 +49,9 @@ class ModelSizes:
     """Channels of a fresh cleaner at the photo's size, at half and at a quarter of it (`models/cleaner.py`)."""
     cleaner_blocks: tuple[int, int, int] = (1, 2, 2)
     """Residual blocks of a fresh cleaner at each of these sizes."""
+    cleaner_deepen: tuple[int, int, int] = (0, 0, 0)
+    """Residual blocks there that a cleaner is given where it has fewer when its stages begin; they start as the
+    identity. 0: as many as it has."""
     whitening: float = 0.5
     """Power of a component's standard deviation it is divided by."""
     lora_rank: int = 16
@@ -290,6 +293,10 @@ def _check(recipe: Recipe, where: str) -> None:
         raise ConfigError(f"{where}: sizes.single_cut is {sizes.single_cut}", "use a count, or 0 to keep all blocks")
     if sizes.lora_cut < 0:
         raise ConfigError(f"{where}: sizes.lora_cut is {sizes.lora_cut}", "use a rank, or 0 to keep all of it")
+    if min(sizes.cleaner_deepen) < 0:
+        raise ConfigError(
+            f"{where}: sizes.cleaner_deepen is {list(sizes.cleaner_deepen)}", "use counts, or 0 to keep what it has"
+        )
     control_map = recipe.control.map
     features = {feature for feature in control_map if feature is not None}
     if len(control_map) > sizes.double_blocks or features != set(range(len(features))):
