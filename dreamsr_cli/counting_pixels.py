@@ -171,22 +171,25 @@ class CleanerSizes:
     """Rows of a strip, and columns at a time (`cleaner.CleanedRows`)."""
 
     def working(self, rows: int, columns: int, itemsize: int) -> int:
-        """Bytes of weights and of what is held while a piece of a strip is cleaned: five features of the photo's size,
-        and the pixels twice, as they come and in order."""
+        """Bytes of weights and of what is held while a piece of a strip is cleaned in one of its views: five features
+        of the photo's size, and the pixels twice, as they come and in order; with other views, what these gave too."""
         reach = self._reach
         pixels = min(rows, self.STRIP + 2 * reach) * min(columns, self.COLUMNS + 2 * reach)
-        held = pixels * (5 * int(self.config["widths"][0]) * itemsize + 2 * 3 * FOLD**2 * 4)
+        pictures = 2 if self._views == 1 else 3
+        held = pixels * (5 * int(self.config["widths"][0]) * itemsize + pictures * 3 * FOLD**2 * 4)
         return held + sum(weights for _, weights, _ in self._layers()) * itemsize
 
     def flops(self, rows: int, columns: int) -> int:
-        """Cleaning a photo once, strip by strip with what surrounds each."""
-        return round(2 * sum(self._extents(rows)) * columns * sum(share * n for share, n, _ in self._layers()))
+        """Cleaning a photo once in all its views, strip by strip with what surrounds each."""
+        return self._views * round(
+            2 * sum(self._extents(rows)) * columns * sum(share * n for share, n, _ in self._layers())
+        )
 
     def moved_values(self, rows: int, columns: int) -> int:
         """Activations read and written, layer by layer, and weights once a strip."""
         strips, layers = self._extents(rows), self._layers()
         values = sum(strips) * columns * sum(share * channels for share, _, channels in layers)
-        return round(values) + len(strips) * sum(weights for _, weights, _ in layers)
+        return self._views * (round(values) + len(strips) * sum(weights for _, weights, _ in layers))
 
     def _extents(self, rows: int) -> list[int]:
         reach = self._reach
@@ -196,6 +199,10 @@ class CleanerSizes:
     def _reach(self) -> int:
         full, half, quarter = self.config["blocks"]
         return -(-(6 + 4 * full + 8 * half + 8 * quarter) // 4) * 4
+
+    @property
+    def _views(self) -> int:
+        return int(self.config.get("views", 1))
 
     def _layers(self) -> list[tuple[float, int, int]]:
         """(cells per pixel of the photo, weights per cell, channels read and written) of each convolution in turn."""

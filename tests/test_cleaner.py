@@ -83,6 +83,24 @@ def test_new_blocks_change_nothing_until_they_are_trained(tmp_path) -> None:
     assert all((again(photo, m) - alone).abs().max() > 1e-3 for m, alone in zip(MANNERS, before, strict=True))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("views", "same"), [(2, [(-2, -1)]), (4, [(-2, -1), (-2,), (-1,)])])
+def test_more_views_are_seen_alike_however_a_photo_lies(views, same) -> None:
+    made, photo = cleaner(), torch.rand(2, 3, 20, 28)
+    alone = [made(photo, manner) for manner in MANNERS]
+    turned = [[made(photo.flip(sides), manner).flip(sides) for sides in same] for manner in MANNERS]
+    made.look(views)
+    for manner, first, others in zip(MANNERS, alone, turned, strict=True):
+        found = made(photo, manner)
+        assert torch.allclose(found, torch.stack([first, *others]).mean(0), atol=1e-6)
+        assert (found - first).abs().max() > 1e-3
+        assert all(torch.allclose(made(photo.flip(sides), manner).flip(sides), found, atol=1e-6) for sides in same)
+    both = made.both(photo, 0.1)
+    assert all(torch.allclose(a, made(photo, manner), atol=1e-6) for a, manner in zip(both, MANNERS, strict=True))
+    with pytest.raises(ValueError, match="3 views"):
+        made.look(3)
+
+
 def test_the_way_down_learns_from_the_faithful_manner_alone() -> None:
     for manner in MANNERS:
         made = cleaner()
@@ -132,7 +150,8 @@ def test_it_reaches_as_far_as_it_says_and_no_farther(blocks) -> None:
 def test_rows_are_those_of_the_whole_photo(monkeypatch) -> None:
     monkeypatch.setattr(CleanedRows, "COLUMNS", 24)
     made, photo_PQC = cleaner(), np.random.default_rng(0).random((302, 50, 3), np.float32)
-    for manner in MANNERS:
+    for manner, views in zip(MANNERS, (1, 4), strict=True):
+        made.look(views)
         rows = cleaned_rows(made, manner, photo_PQC, 1208, 200)
         whole, photo = rows.read_rows(0, 1208), planes(photo_PQC)
         padded = torch.nn.functional.pad(photo, (0, 2, 0, 2), mode="replicate")
@@ -174,9 +193,9 @@ def test_two_threads_may_read_at_once() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("blocks", [(1, 1, 1), (2, 1, 3)])
-def test_a_plan_counts_its_operations_and_weights(blocks) -> None:
-    made = Cleaner((6, 8, 10), blocks)
+@pytest.mark.parametrize(("blocks", "views"), [((1, 1, 1), 1), ((2, 1, 3), 1), ((1, 1, 1), 4)])
+def test_a_plan_counts_its_operations_and_weights(blocks, views) -> None:
+    made = Cleaner((6, 8, 10), blocks, views=views)
     sizes = CleanerSizes(dict(made.config))
     with FlopCounterMode(display=False) as counter:
         made(torch.rand(1, 3, 64, 40), FAITHFUL)
@@ -184,7 +203,7 @@ def test_a_plan_counts_its_operations_and_weights(blocks) -> None:
     # Two strips are computed with what surrounds them.
     assert sizes.flops(256, 40) == counter.get_total_flops() * 2 * (128 + made.reach) // 64
     kernels = sum(p.numel() for p in made.parameters() if p.ndim == 4)
-    assert sizes.working(64, 40, 2) - sizes.working(0, 40, 2) == 64 * 40 * (5 * 6 * 2 + 2 * 48 * 4)
+    assert sizes.working(64, 40, 2) - sizes.working(0, 40, 2) == 64 * 40 * (5 * 6 * 2 + (2 + (views > 1)) * 48 * 4)
     assert sizes.working(0, 40, 4) == kernels * 4
 
 
@@ -270,17 +289,20 @@ def test_it_is_made_deeper_where_it_is_trained_on(trained, photos, tmp_path) -> 
     looks = tmp_path / "looks"
     train(job("cleaner-looks", photos, trained / "bundle", looks, steps=1), SilentProgress())
     deeper = job("cleaner-both", photos, looks / "bundle", tmp_path / "both", steps=3)
-    recipe = replace(deeper.recipe, sizes=replace(TINY.sizes, cleaner_deepen=(2, 0, 0)))
+    recipe = replace(deeper.recipe, sizes=replace(TINY.sizes, cleaner_deepen=(2, 0, 0), cleaner_views=2))
     known = open_bundle(None, str(looks)).open_cleaner()
     planned = training_plan(recipe, deeper.stage, model=deeper.model, dtype=torch.float32)
     train(replace(deeper, recipe=recipe), SilentProgress())
     found = open_bundle(None, str(tmp_path / "both")).open_cleaner()
     assert known is not None and found is not None and tuple(found.config["blocks"]) == (2, 1, 1)
+    assert (known.config["views"], found.config["views"]) == (1, 2)
     assert planned.parameters["cleaner"] == sum(p.numel() for p in found.parameters())
     assert sum(p.numel() for p in known.parameters()) < planned.parameters["cleaner"]
     assert all(weights.any() for weights in found.parameters())
     with pytest.raises(ConfigError, match="cleaner_deepen is"):
         load_recipe("mini", ["sizes.cleaner_deepen=[1,-1,0]"])
+    with pytest.raises(ConfigError, match="cleaner_views is 3"):
+        load_recipe("mini", ["sizes.cleaner_views=3"])
 
 
 def test_stages_of_other_parts_keep_it(trained, photos, tmp_path) -> None:

@@ -28,6 +28,9 @@ from dreamsr_cli.resample import ReadRows
 FAITHFUL, PLEASING = MANNERS = "faithful", "pleasing"
 """As close to the pixels as squares get, for results without texture; and as people would like it, as LPIPS says, for
 texture to begin from."""
+VIEWS: dict[int, tuple[tuple[int, ...], ...]] = {1: ((),), 2: ((), (-2, -1)), 4: ((), (-2, -1), (-2,), (-1,))}
+"""How a photo is looked at, by number of views: which sides are flipped in each, so as it is, turned by half, upside
+down, mirrored. The mean of what a network makes of them has fewer of its own patterns (Timofte et al. 2016)."""
 _PLACES = "at_full", "at_half", "at_quarter"
 ALIGN = 4
 """Sides of what the network sees are multiples of this: it halves them twice."""
@@ -42,11 +45,13 @@ class Cleaner(ModelMixin, ConfigMixin):
         widths: tuple[int, int, int] = (48, 96, 140),
         blocks: tuple[int, int, int] = (1, 2, 2),
         pleases: bool = False,
+        views: int = 1,
     ) -> None:
         """`widths`: channels at the photo's size, at half and at a quarter of it. `blocks`: residual blocks there, on
         the way down, and again on the way up but at the quarter. `pleases`: whether it has that manner; else it is
-        faithful always. Untrained it adds nothing."""
+        faithful always. `views`: a number in `VIEWS`. Untrained it adds nothing. ValueError for other views."""
         super().__init__()
+        self.look(views)
         self.down = _Down(widths, blocks)
         self.faithful = _Up(widths, blocks)
         self.pleasing = _Up(widths, blocks) if pleases else None
@@ -75,22 +80,46 @@ class Cleaner(ModelMixin, ConfigMixin):
                     here.extend(_blocks(width, count - len(here)))
         self.register_to_config(blocks=wanted)
 
+    def look(self, views: int) -> None:
+        """From now on it looks at photos in so many of `VIEWS`. ValueError for a number that isn't there."""
+        if views not in VIEWS:
+            raise ValueError(f"a cleaner with {views} views: use one of {', '.join(map(str, VIEWS))}")
+        self.register_to_config(views=views)
+
     def forward(self, photo_B3PQ: Tensor, manner: str) -> Tensor:
         """Photos on [0, 1], P and Q multiples of `ALIGN`, to (B, 3, 4P, 4Q) on the same scale, float32: what the cubic
-        gets added. The way down learns from the faithful manner alone."""
-        levels = self._levels(photo_B3PQ)
-        if manner == FAITHFUL or self.pleasing is None:
-            return self.faithful(levels)
-        return self.pleasing([level.detach() for level in levels])
+        gets added, the mean of all views. The way down learns from the faithful manner alone."""
+
+        def seen(photo_B3PQ: Tensor) -> Tensor:
+            levels = self._levels(photo_B3PQ)
+            if manner == FAITHFUL or self.pleasing is None:
+                return self.faithful(levels)
+            return self.pleasing([level.detach() for level in levels])
+
+        return self._mean_view(photo_B3PQ, seen)
 
     def both(self, photo_B3PQ: Tensor, sharing: float) -> tuple[Tensor, Tensor]:
         """What `forward` gives in each of `MANNERS`, (B, 3, 4P, 4Q) both; the way down learns from both, but gets only
         `sharing` (0 to 1) of the second one's gradient. `ValueError` where there is no second one."""
         if self.pleasing is None:
             raise ValueError("this cleaner has one manner: learn_to_please first")
-        levels = self._levels(photo_B3PQ)
-        shared = [level.detach() + sharing * (level - level.detach()) for level in levels]
-        return self.faithful(levels), self.pleasing(shared)
+        pleasing = self.pleasing
+
+        def seen(photo_B3PQ: Tensor) -> Tensor:
+            levels = self._levels(photo_B3PQ)
+            shared = [level.detach() + sharing * (level - level.detach()) for level in levels]
+            return torch.stack((self.faithful(levels), pleasing(shared)))
+
+        faithful, pleased = self._mean_view(photo_B3PQ, seen)
+        return faithful, pleased
+
+    def _mean_view(self, photo_B3PQ: Tensor, seen: Callable[[Tensor], Tensor]) -> Tensor:
+        """The mean of what is seen in each view, turned back. One after the other: memory for one of them."""
+        _, *others = VIEWS[self.config["views"]]
+        total = seen(photo_B3PQ)
+        for sides in others:
+            total = total + seen(photo_B3PQ.flip(sides)).flip(sides)
+        return total / (1 + len(others)) if others else total
 
     def _levels(self, photo_B3PQ: Tensor) -> list[Tensor]:
         return self.down((photo_B3PQ - 0.5).to(self.down.entry.weight.dtype))

@@ -297,8 +297,9 @@ def _cleaner_config(recipe: Recipe, stage: Stage, bundle: Bundle) -> Mapping[str
         return _read(bundle, "cleaner") if known else None
     fresh: dict[str, Any] = {"widths": sizes.cleaner_widths, "blocks": sizes.cleaner_blocks}
     config = _read(bundle, "cleaner") if known else fresh
-    deepened = {"blocks": tuple(map(max, config["blocks"], sizes.cleaner_deepen))}
-    return {**config, **deepened, **({"pleases": True} if stage.pleases else {})}
+    config["blocks"] = tuple(map(max, config["blocks"], sizes.cleaner_deepen))
+    config["views"] = sizes.cleaner_views or config.get("views", 1)
+    return {**config, **({"pleases": True} if stage.pleases else {})}
 
 
 def _lora_rank(recipe: Recipe, stage: Stage, bundle: Bundle) -> int:

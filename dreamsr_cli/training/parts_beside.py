@@ -62,6 +62,7 @@ def _cleaner(recipe: Recipe, stage: Stage, source: Bundle) -> Cleaner:
             found.pleasing = None
         found.learn_to_please()
     found.deepen(recipe.sizes.cleaner_deepen)
+    found.look(recipe.sizes.cleaner_views or found.config["views"])
     return found
 
 

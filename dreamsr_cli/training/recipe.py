@@ -52,6 +52,9 @@ class ModelSizes:
     cleaner_deepen: tuple[int, int, int] = (0, 0, 0)
     """Residual blocks there that a cleaner is given where it has fewer when its stages begin; they start as the
     identity. 0: as many as it has."""
+    cleaner_views: int = 0
+    """In how many views a cleaner looks at a photo whose stages begin: 1, 2 or 4 (`models/cleaner.VIEWS`). 0: as it
+    is."""
     whitening: float = 0.5
     """Power of a component's standard deviation it is divided by."""
     lora_rank: int = 16
@@ -296,6 +299,10 @@ def _check(recipe: Recipe, where: str) -> None:
     if min(sizes.cleaner_deepen) < 0:
         raise ConfigError(
             f"{where}: sizes.cleaner_deepen is {list(sizes.cleaner_deepen)}", "use counts, or 0 to keep what it has"
+        )
+    if sizes.cleaner_views not in (0, 1, 2, 4):
+        raise ConfigError(
+            f"{where}: sizes.cleaner_views is {sizes.cleaner_views}", "use 1, 2 or 4, or 0 to keep what it has"
         )
     control_map = recipe.control.map
     features = {feature for feature in control_map if feature is not None}
