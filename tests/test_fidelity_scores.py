@@ -65,6 +65,7 @@ def seam_of(path: Path) -> float:
 def test_the_lanczos_picture_has_no_seam_and_no_other_colours(tmp_path: Path) -> None:
     report = fidelity_report(CHELSEA, saved(tmp_path / "a.png", enlarged()), GRID, SIZE)
     assert report.seam == 1 and report.lattice == 1 and not report.suspicious
+    assert report.seam_elsewhere == (1, 0)
     assert {seam.score for seam in report.borders} == {1.0}
     assert 0 < report.delta_e_mean < 0.5 and report.delta_e_mean < report.delta_e_p95 < report.delta_e_max
     assert max(abs(tile.texture) for tile in report.tiles) == 0
@@ -86,6 +87,12 @@ def test_a_step_of_two_levels_is_a_seam_at_a_border_and_nowhere_else(tmp_path: P
     away = [144, 304, 480, 640] if axis == "column" else [64, 192, 320, 432]
     report = fidelity_report(CHELSEA, with_steps(at_borders), GRID, SIZE)
     assert report.seam is not None and report.seam > without + 0.1
+    # Steps at borders don't show where no border is.
+    plain = fidelity_report(CHELSEA, tmp_path / "without.png", GRID, SIZE).seam_elsewhere
+    assert report.seam_elsewhere == pytest.approx(plain, abs=1e-3) and plain is not None
+    mean, deviation = report.seam_elsewhere
+    assert 0.02 < deviation < 0.1 and abs(mean - without) < 3 * deviation
+    assert report.to_json()["seam_elsewhere"] == [round(mean, 4), round(deviation, 4)]
     worst = report.borders[: len(at_borders)]
     assert {(seam.axis, seam.position) for seam in worst} == {(axis, place) for place in at_borders}
     assert min(seam.score for seam in worst) > 1.1 > max(s.score for s in report.borders[len(at_borders) :])
@@ -123,7 +130,9 @@ def test_a_pattern_of_the_token_lattice_is_not_a_seam(tmp_path: Path) -> None:
 def test_a_picture_of_one_tile_has_no_seam_score(tmp_path: Path) -> None:
     path, grid = saved(tmp_path / "a.png", textured()), make_grid(SIZE[1], SIZE[0], 0, 64)
     report = fidelity_report(CHELSEA, path, grid, SIZE)
-    assert report.seam is None and report.borders == () and report.tiles[0].seam is None
+    assert (
+        report.seam_elsewhere is None and report.seam is None and report.borders == () and report.tiles[0].seam is None
+    )
     assert photo_fidelity(CHELSEA, path, grid).keys() == {"delta_e_mean", "delta_e_p95"}
     assert photo_fidelity(CHELSEA, path, None) == photo_fidelity(CHELSEA, path, grid)
 

@@ -76,6 +76,8 @@ class FidelityReport:
     delta_e_max: float
     seam: float | None
     """Seam score of the picture; None where no tile border lies inside, or no line is far enough from all of them."""
+    seam_elsewhere: tuple[float, float] | None
+    """Mean and standard deviation of that score where no border is; None where the tiles leave too little room."""
     lattice: float | None
     """How much lines of the 16 px lattice stand out away from tile borders (`seams.py`): about 1 is not at all."""
     borders: tuple[Seam, ...]
@@ -104,6 +106,7 @@ class FidelityReport:
             "delta_e_p95": round(self.delta_e_p95, 2),
             "delta_e_max": round(self.delta_e_max, 4),
             "seam": None if self.seam is None else round(self.seam, 4),
+            "seam_elsewhere": self.seam_elsewhere and [round(value, 4) for value in self.seam_elsewhere],
             "lattice": None if self.lattice is None else round(self.lattice, 4),
             "borders": [{**asdict(border), "score": round(border.score, 4)} for border in self.borders],
             "suspicious_tiles": [tile.index for tile in self.suspicious],
@@ -174,6 +177,7 @@ def fidelity_report(
         delta_e_p95=colours.percentile(0.95),
         delta_e_max=colours.largest,
         seam=seams.whole(),
+        seam_elsewhere=seams.elsewhere(),
         lattice=seams.lattice(),
         borders=tuple(seams.borders()),
         tiles=tuple(

@@ -80,12 +80,17 @@ def _score(value: float | None, decimals: int = 2) -> str:
     return "–" if value is None else f"{value:.{decimals}f}".replace("-", "−")
 
 
+def _chance(mean: float, deviation: float) -> str:
+    return f"{_score(mean, 3)} ± {_score(deviation, 3)}"
+
+
 def _facts(report: FidelityReport) -> str:
     facts = (
         ("ΔE mean", _score(report.delta_e_mean)),
         ("ΔE 95th percentile", _score(report.delta_e_p95)),
         ("ΔE largest", _score(report.delta_e_max)),
         ("seam score", _score(report.seam, 3)),
+        *([("where no border is", _chance(*report.seam_elsewhere))] if report.seam_elsewhere else []),
         ("lattice score", _score(report.lattice, 3)),
         ("suspicious tiles", f"{len(report.suspicious)} of {len(report.tiles)}"),
     )
@@ -186,6 +191,8 @@ still show the same colours in the same places? New fine detail alone hardly cha
 0 as much, 1 twice as much.</dd>
 <dt>seam</dt><dd>Second difference of luma across tile borders over that across parallel lines at least 32 pixels away,
 minus the same in the photo enlarged by Lanczos, plus 1. About 1: no seam.</dd>
+<dt>where no border is</dt><dd>Mean and standard deviation of the same score with the borders moved, at least 32 pixels
+away from all of them: what this picture's own texture makes of it.</dd>
 <dt>lattice</dt><dd>The same for lines at multiples of 16 pixels, away from tile borders, against all other lines there:
 a faint pattern of 16 pixels, which networks that work on patches may leave. About 1: none.</dd>
 <dt>suspicious</dt><dd>A tile that lies further from the median of all tiles than {CUT} robust standard deviations and

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -122,42 +123,59 @@ class Seam:
     """As the picture's score, of this border alone."""
 
 
+class _Axis(NamedTuple):
+    """What is compared along one axis of a picture, or of a tile."""
+
+    lines: Lines
+    result: np.ndarray
+    """Second differences of the result by line, summed."""
+    plain: np.ndarray
+    """The same of the Lanczos picture."""
+    length: int
+    """A line's pixels."""
+
+
 class SeamScores:
     """Seam scores of a result against the photo enlarged by Lanczos, both summed up by `SecondDifferences`."""
 
     def __init__(self, result: SecondDifferences, plain: SecondDifferences) -> None:
         grid = result.grid
         self._result, self._plain = result, plain
-        self._x = find_lines({tile.left for tile in grid.tiles}, grid.tile_width, result.width)
-        self._y = find_lines({tile.top for tile in grid.tiles}, grid.tile_height, result.height)
+        x = find_lines({tile.left for tile in grid.tiles}, grid.tile_width, result.width)
+        y = find_lines({tile.top for tile in grid.tiles}, grid.tile_height, result.height)
+        self._columns = _Axis(x, result.columns, plain.columns, result.height)
+        self._rows = _Axis(y, result.rows, plain.rows, result.width)
 
     def whole(self) -> float | None:
         """The picture's score; None without borders inside, or without lines far enough from them."""
-        return _mean(self._axes(None))
+        return _mean(_scored(self._columns, self._rows))
+
+    def elsewhere(self) -> tuple[float, float] | None:
+        """Mean and standard deviation of the picture's score where no border is: what chance makes of it. Its lines are
+        the borders moved by a multiple of `TOKEN_SIDE`, those still `DISTANCE` away from every border. None for a
+        picture with fewer than `_FEWEST` such moves."""
+        grid, scores = self._result.grid, list[float]()
+        for move in range(TOKEN_SIDE, max(grid.tile_width, grid.tile_height), TOKEN_SIDE):
+            axes = (axis._replace(lines=_moved(axis.lines, move)) for axis in (self._columns, self._rows))
+            if (score := _mean(_scored(*axes))) is not None:
+                scores.append(score)
+        return (float(np.mean(scores)), float(np.std(scores))) if len(scores) >= _FEWEST else None
 
     def lattice(self) -> float | None:
         """How much lines of the lattice stand out, away from borders: about 1 is not at all. None where the tiles leave
         no such lines."""
-        result, plain = self._result, self._plain
         scores = []
-        for lines, of_result, of_plain, length in (
-            (self._x, result.columns, plain.columns, result.height),
-            (self._y, result.rows, plain.rows, result.width),
-        ):
+        for lines, result, plain, length in (self._columns, self._rows):
             if len(lines.references) and len(lines.others):
                 swapped = Lines(lines.references, lines.others, lines.others)
-                score = _ratio(of_result / length, swapped) - _ratio(of_plain / length, swapped) + 1
+                score = _ratio(result / length, swapped) - _ratio(plain / length, swapped) + 1
                 scores.append((score, length * len(lines.references)))
         return _mean(scores)
 
     def borders(self) -> list[Seam]:
         """Every border's own score, the worst first."""
         found = []
-        for axis, lines, result, plain in (
-            ("column", self._x, self._result.columns, self._plain.columns),
-            ("row", self._y, self._result.rows, self._plain.rows),
-        ):
-            length = self._result.height if axis == "column" else self._result.width
+        for axis, (lines, result, plain, length) in (("column", self._columns), ("row", self._rows)):
             for border in lines.borders if len(lines.references) else ():
                 one = Lines(np.array([border]), lines.references, lines.others)
                 score = _ratio(result / length, one) - _ratio(plain / length, one) + 1
@@ -166,33 +184,39 @@ class SeamScores:
 
     def tile(self, tile: Tile) -> float | None:
         """Score of the tile's own sides against lines inside of it; None where there are none."""
-        return _mean(self._axes(tile))
-
-    def _axes(self, tile: Tile | None) -> list[tuple[float, int]]:
-        """Score and number of border pixels by axis, of the picture or of one tile."""
         result, plain = self._result, self._plain
-        if tile is None:
-            columns = (self._x, result.columns, plain.columns, result.height)
-            rows = (self._y, result.rows, plain.rows, result.width)
-        else:
-            (left, right), (top, bottom) = result.span(tile)
-            columns = (
-                _within(self._x, tile.left, tile.left + tile.width),
-                result.columns_in_band[tile.row],
-                plain.columns_in_band[tile.row],
-                bottom - top,
-            )
-            rows = (
-                _within(self._y, tile.top, tile.top + tile.height),
-                result.rows_in_band[tile.column],
-                plain.rows_in_band[tile.column],
-                right - left,
-            )
-        return [
-            (_ratio(of_result / length, lines) - _ratio(of_plain / length, lines) + 1, length * len(lines.borders))
-            for lines, of_result, of_plain, length in (columns, rows)
-            if len(lines.borders) and len(lines.references)
-        ]
+        (left, right), (top, bottom) = result.span(tile)
+        columns = _Axis(
+            _within(self._columns.lines, tile.left, tile.left + tile.width),
+            result.columns_in_band[tile.row],
+            plain.columns_in_band[tile.row],
+            bottom - top,
+        )
+        rows = _Axis(
+            _within(self._rows.lines, tile.top, tile.top + tile.height),
+            result.rows_in_band[tile.column],
+            plain.rows_in_band[tile.column],
+            right - left,
+        )
+        return _mean(_scored(columns, rows))
+
+
+def _scored(*axes: _Axis) -> list[tuple[float, int]]:
+    """Score and number of border pixels of each axis that has one."""
+    return [
+        (_ratio(of_result / length, lines) - _ratio(of_plain / length, lines) + 1, length * len(lines.borders))
+        for lines, of_result, of_plain, length in axes
+        if len(lines.borders) and len(lines.references)
+    ]
+
+
+def _moved(lines: Lines, move: int) -> Lines:
+    """As if borders lay `move` pixels further, where that is away from all of them; none where most aren't."""
+    places = np.intersect1d(lines.borders + move, lines.references)
+    if 2 * len(places) < len(lines.borders):
+        places = places[:0]
+    far = np.abs(lines.references[:, None] - places).min(1, initial=DISTANCE) >= DISTANCE
+    return Lines(places, lines.references[far], lines.others)
 
 
 def _within(lines: Lines, first: int, last: int) -> Lines:
