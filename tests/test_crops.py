@@ -22,6 +22,7 @@ from dreamsr_cli.models.captioner import Describer
 from dreamsr_cli.models.detail_words import detail_words
 from dreamsr_cli.plain_data import from_dict
 from dreamsr_cli.training.crops import DEAD_LEAVES, Batch, CropSettings, Sample, batches, make_sample
+from dreamsr_cli.training.cutting import slanted
 from dreamsr_cli.training.dead_leaves import dead_leaves
 from dreamsr_cli.training.photos import PhotoSource, turned
 
@@ -203,6 +204,48 @@ def test_shrunk_photos_come_in_several_sizes(make_source: Callable[..., PhotoSou
     assert seen == {64, 96, 120}
     with pytest.raises(ConfigError, match="full_side 48 is below crop 64"):
         dataclasses.replace(one, full_sides=(96, 48))
+
+
+def test_slanted_crops_show_the_photo_turned_and_shrunk_and_nothing_else() -> None:
+    rows, columns = np.mgrid[:200, :300].astype(np.float64)
+    slope = np.stack([rows, columns, np.full_like(rows, 90)], -1).round().astype(np.uint8)
+    found = [slanted(slope[:, :250], 64, 2, np.random.default_rng(seed)) for seed in range(40)]
+    zooms, angles = [], []
+    for made in found:
+        assert made is not None
+        crop_PQC, (top, left), around = made
+        assert crop_PQC.shape == (64, 64, 3) and crop_PQC.dtype == np.uint8
+        assert 0 <= top <= 200 - around and 0 <= left <= 250 - around
+        # Every pixel is one of the square's: the third colour, the same everywhere, would show others.
+        assert (abs(crop_PQC[..., 2].astype(int) - 90) <= 1).all()
+        assert crop_PQC[..., 0].min() >= top - 1 and crop_PQC[..., 0].max() <= top + around
+        assert crop_PQC[..., 1].min() >= left - 1 and crop_PQC[..., 1].max() <= left + around
+        across = (crop_PQC[:, 60].astype(float) - crop_PQC[:, 4]).mean(0) / 56
+        zooms.append(np.hypot(*across[:2]))
+        angles.append(np.degrees(np.arctan2(across[0], across[1])))
+    assert 1.2 < min(zooms) < 1.4 and 1.6 < max(zooms) < 1.8
+    assert min(angles) < -30 and max(angles) > 30 and max(map(abs, angles)) < 46
+    assert slanted(slope[:70], 64, 2, np.random.default_rng(0)) is None
+    # Where only small angles have room, those are taken.
+    tight = slanted(slope[:114], 64, 2, np.random.default_rng(3))
+    assert tight is not None and (abs(tight[0][..., 2].astype(int) - 90) <= 1).all()
+
+
+def test_a_share_of_the_crops_of_shrunk_photos_is_slanted(make_source: Callable[..., PhotoSource]) -> None:
+    source = make_source()
+    upright = dataclasses.replace(SMALL, crop=32, p_full=1.0, full_side=64, dead_leaves=0.0)
+    half = dataclasses.replace(upright, slanted=0.5)
+    pairs = [(make_sample(source, upright, step, 0), make_sample(source, half, step, 0)) for step in range(20)]
+    same = [plain.hq_CPQ.tobytes() == sample.hq_CPQ.tobytes() for plain, sample in pairs]
+    assert 4 <= sum(same) <= 16
+    assert all(plain.origin == sample.origin and sample.local_text for plain, sample in pairs)
+    assert all(sample.hq_CPQ.shape == (3, 32, 32) for _, sample in pairs)
+    native = dataclasses.replace(half, p_full=0.0, slanted=1.0)
+    assert make_sample(source, native, 0, 0).hq_CPQ.tobytes() == (
+        make_sample(source, dataclasses.replace(native, slanted=0.0), 0, 0).hq_CPQ.tobytes()
+    )
+    with pytest.raises(ConfigError, match="slanted = 2 is not a share"):
+        dataclasses.replace(half, slanted=2)
 
 
 def test_full_steps_have_larger_crops_of_shrunk_photos_large_enough(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_a_step_of_two_levels_is_a_seam_at_a_border_and_nowhere_else(tmp_path: P
     assert report.seam is not None and report.seam > without + 0.1
     # Steps at borders don't show where no border is.
     plain = fidelity_report(CHELSEA, tmp_path / "without.png", GRID, SIZE).seam_elsewhere
-    assert report.seam_elsewhere == pytest.approx(plain, abs=1e-3) and plain is not None
+    assert report.seam_elsewhere is not None and report.seam_elsewhere == pytest.approx(plain, abs=1e-3)
     mean, deviation = report.seam_elsewhere
     assert 0.02 < deviation < 0.1 and abs(mean - without) < 3 * deviation
     assert report.to_json()["seam_elsewhere"] == [round(mean, 4), round(deviation, 4)]

@@ -20,7 +20,7 @@ from dreamsr_cli.degradations.presets import PRESETS, looks_after
 from dreamsr_cli.errors import ConfigError, InputError, TrainingError
 from dreamsr_cli.models.captioner import Describer
 from dreamsr_cli.models.detail_words import with_detail
-from dreamsr_cli.training.cutting import busy_corner, cut, palette
+from dreamsr_cli.training.cutting import SLANTED_FROM, busy_corner, cut, palette, slanted
 from dreamsr_cli.training.dead_leaves import dead_leaves
 from dreamsr_cli.training.photos import PhotoSource, TrainingPhoto, describe_whole, turned
 from dreamsr_cli.training.sources import Item, Pictures, SkippedPhoto, Source
@@ -60,6 +60,8 @@ class CropSettings:
     """Further short sides, one of all drawn per sample."""
     full_crop: int | None = None
     """Side of the crops of shrunk photos; None: `crop`."""
+    slanted: float = 0.0
+    """Share of the samples of shrunk photos that are turned by any angle and shrunk by any factor near theirs."""
     turns: int = 8
     """Flips and quarter turns used: 8 all, 2 mirroring only (for prompts and writing), 1 none."""
     candidates: int = 3
@@ -81,7 +83,7 @@ class CropSettings:
             raise ConfigError(f"shares of mix {dict(self.mix)} exceed 1", "the rest is left to preset")
         if self.crop < TOKEN_SIDE or self.crop % TOKEN_SIDE or self.crop % self.scale:
             raise ConfigError(f"crop {self.crop} is not a multiple of {TOKEN_SIDE} and of the scale", "try crop = 256")
-        for name in ("dead_leaves", "p_full", "detail_words"):
+        for name in ("dead_leaves", "p_full", "slanted", "detail_words"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} = {getattr(self, name)} is not a share", "give a number from 0 to 1")
         for side in (self.full_side, *self.full_sides):
@@ -206,16 +208,22 @@ def _try(source: Source, settings: CropSettings, step: int, index: int, attempt:
     else:
         origin, sha256 = item.name, item.sha256
         full = is_full(source, settings, step)
-        pictures = Pictures(source.shrunk(item, _side(settings, step, index))) if full else source.read(item)
-        hq_PQC, scale = pictures.hq_PQC, pictures.scale
+        side = _side(settings, step, index)
+        pictures = Pictures(source.shrunk(item, side)) if full else source.read(item)
+        hq_PQC, scale, shown = pictures.hq_PQC, pictures.scale, size
         if min(hq_PQC.shape[:2]) < size:
             return None
-        # A crop of a part of a shrunk photo still has words of its own.
-        whole = min(hq_PQC.shape[:2]) <= WHOLE * size
         if size % scale:
             raise InputError(f"{item.name}: its scale {scale} doesn't divide crops of {size}", "choose other crops")
-        corner = busy_corner(hq_PQC, size, settings.candidates, rng, scale)
-        hq_CPQ = _floats(turned(cut(hq_PQC, corner, size), turn))
+        slant = _slanted(source, item, settings, step, index, size, side) if full else None
+        if slant is None:
+            corner = busy_corner(hq_PQC, size, settings.candidates, rng, scale)
+            crop_PQC = cut(hq_PQC, corner, size)
+        else:
+            hq_PQC, (crop_PQC, corner, shown) = slant
+        # A crop of a part of a shrunk photo still has words of its own.
+        whole = min(hq_PQC.shape[:2]) <= WHOLE * shown
+        hq_CPQ = _floats(turned(crop_PQC, turn))
         if pictures.lq_PQC is not None:
             small = (corner[0] // scale, corner[1] // scale)
             lq_PQC = turned(cut(pictures.lq_PQC, small, size // scale), turn)
@@ -223,7 +231,7 @@ def _try(source: Source, settings: CropSettings, step: int, index: int, attempt:
             # sharpening the target would leave the erased picture behind
             erased_PQC, sharpen = turned(cut(pictures.erased_PQC, corner, size), turn), False
         if settings.words:
-            global_text, local_text = _texts(source, item, hq_PQC, corner, size, turn)
+            global_text, local_text = _texts(source, item, hq_PQC, corner, shown, turn)
     if lq_PQC is None:
         preset, crop_index = _preset(settings, step, index), step * SAMPLES_PER_STEP + index
         params = pixel.draw(preset, settings.seed, sha256, crop_index, settings.scale, sharpen)
@@ -258,6 +266,22 @@ def _texts(
     if isinstance(source, PhotoSource) and isinstance(item, TrainingPhoto):
         return source.global_text(item, turn, Describer()), None
     return describe_whole(hq_PQC, turn, Describer()), None
+
+
+def _slanted(
+    source: Source, item: Item, settings: CropSettings, step: int, index: int, size: int, short_side: int
+) -> tuple[np.ndarray, tuple[np.ndarray, tuple[int, int], int]] | None:
+    """A larger version of the photo and what `cutting.slanted` cuts from it, for the samples that are slanted and have
+    room for it. Draws of its own, so that all others are what they would be without."""
+    rng = draws.generator(settings.seed, "slanted", step, index)
+    if not settings.slanted or rng.random() >= settings.slanted:
+        return None
+    hq_PQC = source.shrunk(item, round(SLANTED_FROM * short_side))
+    # Smaller photos than that would be enlarged.
+    if min(hq_PQC.shape[:2]) < round(SLANTED_FROM * short_side):
+        return None
+    found = slanted(hq_PQC, size, settings.candidates, rng)
+    return None if found is None else (hq_PQC, found)
 
 
 def _side(settings: CropSettings, step: int, index: int) -> int:

@@ -5,8 +5,18 @@ Axes: P Q pixel rows and columns, C channels.
 
 from __future__ import annotations
 
-import numpy as np
+import math
 
+import numpy as np
+from PIL import Image
+
+SLANTED_FROM = 1.5
+"""A slanted crop is cut from a photo so many times as large as the others of its step: what turning by any angle
+softens, shrinking sharpens again."""
+SLANTED_ZOOM = 1.25, 1.75
+"""How much it is shrunk, least and most: on both sides of `SLANTED_FROM`."""
+_MARGIN = 6
+"""Pixels beside a slanted crop, both sides together, for the cubic that turns it."""
 FLAT_ENERGY = 0.5
 """Gradient energy (levels) every candidate has at least: flat crops stay possible."""
 PALETTE_COLOURS = 512
@@ -29,6 +39,27 @@ def cut(rgb_PQC: np.ndarray, corner: tuple[int, int], size: int) -> np.ndarray:
     """The square crop at (top, left), a view."""
     top, left = corner
     return rgb_PQC[top : top + size, left : left + size]
+
+
+def slanted(
+    rgb_PQC: np.ndarray, size: int, candidates: int, rng: np.random.Generator
+) -> tuple[np.ndarray, tuple[int, int], int] | None:
+    """A random crop (size, size, C) uint8, turned by an angle up to 45 degrees and shrunk by a factor in
+    `SLANTED_ZOOM`, and the corner and side of the upright square that it lies in, chosen as by `busy_corner`. None
+    where the picture is too small for it; where it is too small for all angles, the smaller ones are drawn."""
+    side = math.ceil(size * rng.uniform(*SLANTED_ZOOM))
+    room = (min(rgb_PQC.shape[:2]) - _MARGIN) / side
+    if room < 1:
+        return None
+    # A square turned by a fits into one that is cos a + sin a = sqrt(2) sin(a + 45 degrees) times as large.
+    steepest = math.asin(min(1.0, room / math.sqrt(2))) - math.pi / 4
+    angle = rng.uniform(-steepest, steepest)
+    around = min(math.ceil(side * (math.cos(angle) + math.sin(abs(angle)))) + _MARGIN, *rgb_PQC.shape[:2])
+    corner = busy_corner(rgb_PQC, around, candidates, rng)
+    piece = Image.fromarray(np.ascontiguousarray(cut(rgb_PQC, corner, around)))
+    turned, inset = piece.rotate(math.degrees(angle), Image.Resampling.BICUBIC), (around - side) / 2
+    box = (inset, inset, inset + side, inset + side)
+    return np.asarray(turned.resize((size, size), Image.Resampling.LANCZOS, box)), corner, around
 
 
 def palette(rgb_PQC: np.ndarray, rng: np.random.Generator) -> np.ndarray:

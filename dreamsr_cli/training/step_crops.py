@@ -107,6 +107,7 @@ def crop_settings(recipe: Recipe, plan: int, held_out: bool = False, mixed: bool
         p_full=0.0 if held_out else data.full_photo,
         full_side=data.full_side,
         full_sides=data.full_sides,
+        slanted=0.0 if held_out else data.slanted,
         words=data.words,
         detail_words=0.0 if held_out else data.detail_words,
         full_crop=data.full_crop,
