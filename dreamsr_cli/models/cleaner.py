@@ -114,7 +114,7 @@ class Cleaner(ModelMixin, ConfigMixin):
         return faithful, pleased
 
     def _mean_view(self, photo_B3PQ: Tensor, seen: Callable[[Tensor], Tensor]) -> Tensor:
-        """The mean of what is seen in each view, turned back. One after the other: memory for one of them."""
+        """The mean of what is seen in each view, turned back; one after the other, which saves memory at inference."""
         _, *others = VIEWS[self.config["views"]]
         total = seen(photo_B3PQ)
         for sides in others:
