@@ -20,7 +20,7 @@ from dreamsr_cli.degradations.presets import PRESETS, looks_after
 from dreamsr_cli.errors import ConfigError, InputError, TrainingError
 from dreamsr_cli.models.captioner import Describer
 from dreamsr_cli.models.detail_words import with_detail
-from dreamsr_cli.training.cutting import SLANTED_FROM, busy_corner, cut, palette, slanted
+from dreamsr_cli.training.cutting import SLANTED_FROM, Slanted, busy_corner, cut, palette, slanted
 from dreamsr_cli.training.dead_leaves import dead_leaves
 from dreamsr_cli.training.photos import PhotoSource, TrainingPhoto, describe_whole, turned
 from dreamsr_cli.training.sources import Item, Pictures, SkippedPhoto, Source
@@ -208,14 +208,13 @@ def _try(source: Source, settings: CropSettings, step: int, index: int, attempt:
     else:
         origin, sha256 = item.name, item.sha256
         full = is_full(source, settings, step)
-        side = _side(settings, step, index)
-        pictures = Pictures(source.shrunk(item, side)) if full else source.read(item)
+        pictures = Pictures(source.shrunk(item, _side(settings, step, index))) if full else source.read(item)
         hq_PQC, scale, shown = pictures.hq_PQC, pictures.scale, size
         if min(hq_PQC.shape[:2]) < size:
             return None
         if size % scale:
             raise InputError(f"{item.name}: its scale {scale} doesn't divide crops of {size}", "choose other crops")
-        slant = _slanted(source, item, settings, step, index, size, side) if full else None
+        slant = _slanted(source, item, settings, step, index, size) if full else None
         if slant is None:
             corner = busy_corner(hq_PQC, size, settings.candidates, rng, scale)
             crop_PQC = cut(hq_PQC, corner, size)
@@ -269,17 +268,18 @@ def _texts(
 
 
 def _slanted(
-    source: Source, item: Item, settings: CropSettings, step: int, index: int, size: int, short_side: int
-) -> tuple[np.ndarray, tuple[np.ndarray, tuple[int, int], int]] | None:
-    """A larger version of the photo and what `cutting.slanted` cuts from it, for the samples that are slanted and have
-    room for it. Draws of its own, so that all others are what they would be without."""
+    source: Source, item: Item, settings: CropSettings, step: int, index: int, size: int
+) -> tuple[np.ndarray, Slanted] | None:
+    """A larger version of the shrunk photo and the crop of `size` pixels that `cutting.slanted` cuts from it, for the
+    samples that are slanted and have room for it. Draws of its own, so that all others are what they would be
+    without."""
     rng = draws.generator(settings.seed, "slanted", step, index)
-    if not settings.slanted or rng.random() >= settings.slanted:
+    if rng.random() >= settings.slanted:
         return None
-    hq_PQC = source.shrunk(item, round(SLANTED_FROM * short_side))
-    # Smaller photos than that would be enlarged.
-    if min(hq_PQC.shape[:2]) < round(SLANTED_FROM * short_side):
-        return None
+    short_side = round(SLANTED_FROM * _side(settings, step, index))
+    hq_PQC = source.shrunk(item, short_side)
+    if min(hq_PQC.shape[:2]) < short_side:
+        return None  # its texture would be coarser than that of the other crops
     found = slanted(hq_PQC, size, settings.candidates, rng)
     return None if found is None else (hq_PQC, found)
 

@@ -6,6 +6,7 @@ Axes: P Q pixel rows and columns, C channels.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -41,12 +42,21 @@ def cut(rgb_PQC: np.ndarray, corner: tuple[int, int], size: int) -> np.ndarray:
     return rgb_PQC[top : top + size, left : left + size]
 
 
-def slanted(
-    rgb_PQC: np.ndarray, size: int, candidates: int, rng: np.random.Generator
-) -> tuple[np.ndarray, tuple[int, int], int] | None:
-    """A random crop (size, size, C) uint8, turned by an angle up to 45 degrees and shrunk by a factor in
-    `SLANTED_ZOOM`, and the corner and side of the upright square that it lies in, chosen as by `busy_corner`. None
-    where the picture is too small for it; where it is too small for all angles, the smaller ones are drawn."""
+class Slanted(NamedTuple):
+    """A crop that doesn't lie upright in its picture."""
+
+    crop_PQC: np.ndarray
+    """(size, size, C) uint8."""
+    corner: tuple[int, int]
+    """(top, left) of the upright square that it lies in, in pixels of the picture."""
+    around: int
+    """That square's side, in pixels of the picture."""
+
+
+def slanted(rgb_PQC: np.ndarray, size: int, candidates: int, rng: np.random.Generator) -> Slanted | None:
+    """A random crop of `size` pixels of a picture (P, Q, C) uint8, turned by an angle up to 45 degrees and shrunk by a
+    factor in `SLANTED_ZOOM`; its square is chosen as by `busy_corner`. None where the picture is too small for it;
+    where it is too small for all angles, the smaller ones are drawn."""
     side = math.ceil(size * rng.uniform(*SLANTED_ZOOM))
     room = (min(rgb_PQC.shape[:2]) - _MARGIN) / side
     if room < 1:
@@ -59,7 +69,7 @@ def slanted(
     piece = Image.fromarray(np.ascontiguousarray(cut(rgb_PQC, corner, around)))
     turned, inset = piece.rotate(math.degrees(angle), Image.Resampling.BICUBIC), (around - side) / 2
     box = (inset, inset, inset + side, inset + side)
-    return np.asarray(turned.resize((size, size), Image.Resampling.LANCZOS, box)), corner, around
+    return Slanted(np.asarray(turned.resize((size, size), Image.Resampling.LANCZOS, box)), corner, around)
 
 
 def palette(rgb_PQC: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -101,8 +101,8 @@ class DataRecipe:
     """Short sides beside `full_side`, one of all drawn per sample: the same photo with finer and coarser texture
     (ours)."""
     slanted: float = 0.0
-    """Share of the crops of shrunk photos that are turned by any angle up to 45 degrees and shrunk by any factor within
-    a sixth of the others': so that few photos show more (ours)."""
+    """Share of the crops of shrunk photos that are turned by any angle up to 45 degrees, of photos shrunk to 0.86 to
+    1.2 times the short side of the others: so that few photos show more (ours)."""
     full_crop: int | None = None
     """Side of the crops of shrunk photos (the paper's: 1024); None: that of the step's other crops."""
     turns: int = 8
