@@ -124,6 +124,9 @@ class BundleDefaults:
     """"wavelet", "adain" or "none"."""
     grain: float = 1.0
     """With texture, for bundles that have the part: 1 is what its network says."""
+    texture: float = 1.0
+    """How much of what stage 2 changes is kept, 0 to 1, of photos that it begins from a picture of (the cleaner's or
+    the enlarger's)."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +231,9 @@ class UpscaleConfig:
     consistency: float | None = None
     """How far the result, shrunk to the photo's size, is made to agree with it: 0 not, 1 as far as one step can. None:
     as surely as the photo looks clean; 1 for a compressed one, with what the enlarger made of it; 0 for others."""
+    texture: float | None = None
+    """How much of what stage 2 changes of the picture that it begins from is kept, 0 to 1: 0 leaves stage 2 out. None:
+    the bundle's; 1 for photos that begin from a latent (stage 1's, or with `removal` False)."""
     grain: float | None = None
     """Finest texture, drawn from the seed and added to the result: 0 none, 1 as much as the bundle's network says, up
     to 2; None: the bundle's where there is such a network and texture is asked for, else 0."""

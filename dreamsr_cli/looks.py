@@ -28,9 +28,9 @@ LEAST_FACTOR = 2.0
 def settle_looks(
     photo: Photo, width: int, settings: Settings, judge: Cleanliness | None
 ) -> tuple[Settings, str | None]:
-    """Settings for this photo, to become `width` pixels wide, with `looks`, `consistency`, `enlarger`, `cleaner` and
-    `removal` settled; and a sentence for people where the photo was judged to be better than damaged. A function of
-    photo, settings and judge alone; `judge` None: nobody can tell."""
+    """Settings for this photo, to become `width` pixels wide, with `looks`, `consistency`, `enlarger`, `cleaner`,
+    `texture` and `removal` settled; and a sentence for people where the photo was judged to be better than damaged. A
+    function of photo, settings and judge alone; `judge` None: nobody can tell."""
     info = photo.info
     large = width >= LEAST_FACTOR * info.width
     chances: dict[str, float] = {settings.looks: 1.0}
@@ -45,7 +45,7 @@ def settle_looks(
     if amount is None:
         keeps = {"clean": chances.get("clean", 0.0), "compressed": float(enlarger)}
         amount = keeps.get(looks, 0.0) if large else 0.0
-    if looks == "compressed" and enlarger and settings.strength == 0:
+    if looks == "compressed" and enlarger and not (settings.strength and settings.texture):
         amount = 0.0  # the result is what it would keep to
     settled = dataclasses.replace(
         settings,
@@ -53,6 +53,7 @@ def settle_looks(
         consistency=amount,
         enlarger=enlarger,
         cleaner=cleaner,
+        texture=settings.texture if enlarger or cleaner else 1.0,
         removal=settings.removal and not enlarger and not cleaner,
     )
     sentence = None

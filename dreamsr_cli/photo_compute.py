@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dreamsr_cli.backoff import WorkPlan, place_weights, settle
+from dreamsr_cli.blended import BlendedRows
 from dreamsr_cli.canvas import STRIP, DecodedCanvas, EnlargedPhoto, FourfoldPhoto, encode
 from dreamsr_cli.colour import fix_strips, reads
 from dreamsr_cli.consistency import ConsistentRows
@@ -151,9 +152,10 @@ def write_pixels(
     settings, journal, enlarged, writer = job.settings, job.journal, job.enlarged, job.open_writer()
     # The cleaner's photo has the photo's colours without its noise.
     made = _fourfold_photo(job, parts, progress) if z_0 is None else None
-    coloured: EnlargedPhoto = enlarged
-    if settings.cleaner:
-        coloured = made or _fourfold_photo(job, parts)
+    begun = made
+    if begun is None and (settings.cleaner or settings.texture < 1 or job.keeps_to_enlarger):
+        begun = _fourfold_photo(job, parts)
+    coloured: EnlargedPhoto = begun if begun is not None and settings.cleaner else enlarged
     start, height, width = journal.progress(PIXELS), enlarged.height, enlarged.width
 
     def fix(take: Callable[[tuple[int, int]], np.ndarray]) -> None:
@@ -173,7 +175,7 @@ def write_pixels(
             journal.sync_sometimes(writer)
 
     def write(read_result: ReadRows) -> None:
-        like = _fourfold_photo(job, parts) if job.keeps_to_enlarger else None
+        like = begun if job.keeps_to_enlarger else None
         consistent = ConsistentRows(read_result, enlarged, settings.consistency or 0.0, like)
         network = parts.grain() if settings.grain else None
         rows = GrainedRows(consistent.read_rows, enlarged, network, settings.grain, settings.seed, parts.device)
@@ -188,7 +190,7 @@ def write_pixels(
     decoders = DecodeSetup(BundleId.of(job.bundle), settings.device, settings.precision, width, restored)
     with _shared(crew, decoders, progress, STRIPS_WAITING) as shared:
         decoded = DecodedCanvas(z_0, width, parts.autoencoder(), parts.device, progress, shared, restored)
-        write(decoded.read_rows)
+        write(decoded.read_rows if begun is None else BlendedRows(begun, decoded.read_rows, settings.texture).read_rows)
 
 
 def _fourfold_photo(job: PhotoJob, parts: OpenParts, progress: Progress | None = None) -> FourfoldPhoto:

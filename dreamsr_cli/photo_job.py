@@ -186,8 +186,9 @@ class PhotoJob:
 
     @property
     def is_enlarged_only(self) -> bool:
-        """Whether cleaner or enlarger alone make the result: no texture is asked for."""
-        return bool(self.settings.enlarger or self.settings.cleaner) and self.settings.strength == 0
+        """Whether cleaner or enlarger alone make the result: no texture is asked for, or none of it kept."""
+        settings = self.settings
+        return bool(settings.enlarger or settings.cleaner) and not (settings.strength and settings.texture)
 
     @property
     def keeps_to_enlarger(self) -> bool:

@@ -40,6 +40,8 @@ class Settings:
     """"auto": what the photo itself says."""
     consistency: float | None
     """None: what the photo itself says."""
+    texture: float
+    """0: stage 2 is left out."""
     grain: float
     """0: none, and so where the bundle has no network for it."""
     enlarger: bool | None
@@ -103,6 +105,8 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
     if CLEANER not in bundle.config.parts or config.removal is not None:
         cleaner = False
     has_grain = GRAIN in bundle.config.parts
+    # From a picture alone, for stage 1 ends in a latent.
+    has_texture = enlarger is not False or cleaner is not False
     settings = Settings(
         scale=config.scale if sized else pick(config.scale, float(bundle.config.scale)),
         long_side=config.long_side,
@@ -120,6 +124,7 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
         color_fix=pick(config.color_fix, defaults.color_fix),
         looks=looks,
         consistency=0.0 if config.consistency is None and looks == "damaged" else config.consistency,
+        texture=pick(config.texture, defaults.texture if has_texture else 1.0),
         grain=pick(config.grain, defaults.grain if has_grain and pick(config.strength, sampling.t_start) > 0 else 0.0),
         enlarger=enlarger,
         cleaner=cleaner,
@@ -150,6 +155,12 @@ def check_settings(config: UpscaleConfig, bundle: Bundle) -> Settings:
     _check_choice("--looks", settings.looks, (AUTO, *LOOKS))
     if settings.consistency is not None:
         _check_range("--consistency", settings.consistency, 0, 1)
+    _check_range("--texture", settings.texture, 0, 1)
+    if settings.texture < 1 and not has_texture:
+        raise UsageError(
+            "--texture is for photos that the model's cleaner or enlarger has made a picture of",
+            "leave --texture out" if config.removal is None else "leave out --texture, or --removal and --no-removal",
+        )
     _check_range("--grain", settings.grain, 0, 2)
     if settings.grain and not has_grain:
         message = f"--grain: model {bundle.config.name} has no network that says how strong it is to be"

@@ -95,7 +95,10 @@ class Workload:
     @property
     def steps(self) -> int:
         """Texture steps that are run."""
-        return self.settings.steps if self.settings.strength > 0 else 0
+        settings = self.settings
+        begins_from_picture = settings.enlarger or settings.cleaner
+        kept = settings.texture > 0 or not begins_from_picture
+        return settings.steps if settings.strength > 0 and kept else 0
 
     @property
     def image_tokens(self) -> int:
@@ -349,16 +352,17 @@ class Workload:
         if self.settings.cleaner:
             if not self.steps:
                 return {"clean": (cleaning + grain) * passes, "encode": 0, "decode": 0}
-            # Once more for the colours that the result gets.
-            again = 0 if self.settings.color_fix == "none" else 1
+            # Once more for the colours that the result gets, and for what is kept of it beside texture.
+            again = int(self.settings.color_fix != "none" or self.settings.texture < 1)
             return {"clean": cleaning * (1 + again), "encode": encoding, "decode": (decoding + grain) * passes}
         if not self.settings.enlarger:
             return {"encode": encoding, "decode": (decoding + grain) * passes}
         # The same network as decoding's; at x4 also the same size.
         if not self.steps:
             return {"enlarge": (decoding + grain) * passes, "encode": 0, "decode": 0}
-        # Enlarged again for a result that keeps to the enlarger's photo (`PhotoJob.keeps_to_enlarger`).
-        again = passes if self.settings.looks == "compressed" and self.settings.consistency != 0 else 0
+        # Enlarged again for a result that keeps to the enlarger's photo (`PhotoJob.keeps_to_enlarger`, `BlendedRows`).
+        keeps = self.settings.looks == "compressed" and self.settings.consistency != 0
+        again = passes if keeps or self.settings.texture < 1 else 0
         return {"enlarge": decoding * (1 + again), "encode": encoding, "decode": (decoding + grain) * passes}
 
     def _extents(self, halo: int) -> list[int]:

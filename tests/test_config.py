@@ -157,6 +157,7 @@ def test_what_the_bundle_decides_has_no_default_of_its_own() -> None:
         "captioner",
         "color_fix",
         "removal",
+        "texture",
         "grain",
     ):
         assert getattr(settings, name) is None, name

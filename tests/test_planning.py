@@ -257,7 +257,8 @@ config = from_dict(BundleConfig, json.loads((folder / "bundle.json").read_text()
 settings = SimpleNamespace(scale=4.0, long_side=None, short_side=None, tile=512, overlap=64, steps=16, strength=0.8,
                            removal=True, tile_batch=4, prompt=None, captioner="describe", color_fix="wavelet",
                            quantize="none", offload="none", tiling="overlap", fit_batch=False, text_bucket=None,
-                           memory=None, looks="auto", consistency=None, grain=0.0, enlarger=None, cleaner=None)
+                           memory=None, looks="auto", consistency=None, texture=1.0, grain=0.0, enlarger=None,
+                           cleaner=None)
 used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 made = plan(Path({str(source)!r}), read_info(Path({str(source)!r})), Path("huge_x4.tif"), settings, OutputConfig(),
             read_sizes(config, lambda name: folder / name), Machine("cpu", "x", "bf16", 1, None, None, None),

@@ -126,6 +126,9 @@ def command(
     consistency: Annotated[
         float | None, typer.Option(help="As in dreamsr upscale, 0 to 1.", rich_help_panel=_METHOD)
     ] = None,
+    texture: Annotated[
+        float | None, typer.Option(help="As in dreamsr upscale, 0 to 1.", rich_help_panel=_METHOD)
+    ] = None,
     grain: Annotated[float | None, typer.Option(help="As in dreamsr upscale, 0 to 2.", rich_help_panel=_METHOD)] = None,
     removal: Annotated[
         bool | None,

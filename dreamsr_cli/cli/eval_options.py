@@ -37,6 +37,7 @@ SHARED = (
     "color_fix",
     "looks",
     "consistency",
+    "texture",
     "grain",
     "removal",
     "precision",

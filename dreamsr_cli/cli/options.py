@@ -45,6 +45,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "steps": (1, 100),
     "strength": (0, 1),
     "consistency": (0, 1),
+    "texture": (0, 1),
     "grain": (0, 2),
     "guidance": (0, 100),
     "seed": (0, 2**63 - 1),

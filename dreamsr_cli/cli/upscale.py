@@ -86,6 +86,13 @@ def command(
             rich_help_panel=_METHOD,
         ),
     ] = None,
+    texture: Annotated[
+        float | None,
+        typer.Option(
+            help="How much of what stage 2 adds is kept: 0 (none, fast) to 1 (default: the model's).",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     grain: Annotated[
         float | None,
         typer.Option(

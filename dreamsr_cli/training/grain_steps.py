@@ -11,11 +11,12 @@ from torch import Tensor
 
 from dreamsr_cli.draws import generator
 from dreamsr_cli.losses import contrast_distance
+from dreamsr_cli.models.cleaner import PLEASING
 from dreamsr_cli.models.enlarger import FACTOR, MANNERS
 from dreamsr_cli.models.grain import MARGIN
 from dreamsr_cli.models.perceptual import Perceptual
 from dreamsr_cli.training.both_stages import draw_texture, encoded, remove, texts_of, textured
-from dreamsr_cli.training.clean_steps import cleaned_latent
+from dreamsr_cli.training.clean_steps import cleaned
 from dreamsr_cli.training.networks import Networks
 from dreamsr_cli.training.recipe import Recipe
 from dreamsr_cli.training.step_data import Crops, Outcome
@@ -39,22 +40,37 @@ def grain_step(networks: Networks, recipe: Recipe, perceptual: Perceptual | None
 @torch.no_grad()
 def finished(networks: Networks, recipe: Recipe, crops: Crops) -> Tensor:
     """Bad crops after both stages, decoded, (B, 3, P, Q), float32, within [-1, 1]: cleaned instead of stage 1 where
-    there is a cleaner. Undamaged ones are enlarged instead where there is an enlarger of their scale."""
-    sampling = networks.config.sampling
+    there is a cleaner. Undamaged ones are enlarged instead where there is an enlarger of their scale. Of what stage 2
+    changes as much is kept as the bundle's users get."""
+    sampling, defaults = networks.config.sampling, networks.config.defaults
     _, z_0, z_lq = encoded(networks, crops)
     local, glob = texts_of(networks, crops)
-    z_dr = cleaned_latent(networks, crops)
-    if z_dr is None:
-        z_dr = z_lq.clone() if networks.lora is None else remove(networks, z_lq, local, glob, sampling)
-    if networks.enlarger is not None and crops.lq is not None and crops.hq.shape[2] == FACTOR * crops.lq.shape[2]:
-        for manner in MANNERS:
-            those = [index for index, looks in enumerate(crops.looks) if looks == manner]
-            if those:
-                large_B3PQ = networks.enlarger(networks.patches.refiner, crops.lq_up[those], manner).clamp(0, 1)
-                z_dr[those] = networks.encode(large_B3PQ * 2 - 1).to(z_dr.dtype)
+    begun_B3PQ, has_begun_B = _begun(networks, crops)
+    z_dr = networks.encode(begun_B3PQ).to(z_0.dtype)
+    if not has_begun_B.all():
+        removed = z_lq if networks.lora is None else remove(networks, z_lq, local, glob, sampling)
+        z_dr = torch.where(has_begun_B[:, None, None, None], z_dr, removed)
     _, eps = draw_texture(recipe.seed, crops.step, z_0.shape, recipe.t_range, crops.first)
     z = textured(networks, z_dr, eps.to(z_0.device), local, glob, sampling)
-    return networks.autoencoder.decode(z).float().clamp(-1, 1)
+    made_B3PQ = networks.autoencoder.decode(z).float()
+    blended_B3PQ = torch.lerp(begun_B3PQ, made_B3PQ, defaults.texture)
+    return torch.where(has_begun_B[:, None, None, None], blended_B3PQ, made_B3PQ).clamp(-1, 1)
+
+
+def _begun(networks: Networks, crops: Crops) -> tuple[Tensor, Tensor]:
+    """(B, 3, P, Q) in [-1, 1]: the pictures that texture begins from where they are the cleaner's or the enlarger's,
+    the enlarged input elsewhere; and (B,), where they are."""
+    begun_B3PQ = crops.lq_up.float().clone()
+    known_B = torch.zeros(len(begun_B3PQ), dtype=torch.bool, device=begun_B3PQ.device)
+    if crops.lq is not None and crops.hq.shape[2] == FACTOR * crops.lq.shape[2]:
+        if networks.cleaner is not None:
+            begun_B3PQ, known_B = cleaned(networks, crops, PLEASING).float(), ~known_B
+        for manner in MANNERS if networks.enlarger is not None else ():
+            those = [index for index, looks in enumerate(crops.looks) if looks == manner]
+            if those and networks.enlarger is not None:
+                begun_B3PQ[those] = networks.enlarger(networks.patches.refiner, crops.lq_up[those], manner)
+                known_B[those] = True
+    return begun_B3PQ.clamp(0, 1) * 2 - 1, known_B
 
 
 def grain_on(networks: Networks, recipe: Recipe, crops: Crops, plain: Tensor) -> Tensor:
