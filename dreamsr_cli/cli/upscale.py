@@ -89,7 +89,7 @@ def command(
     texture: Annotated[
         float | None,
         typer.Option(
-            help="How much of what stage 2 adds is kept: 0 (none, fast) to 1 (default: the model's).",
+            help="How much of what stage 2 adds is kept: 0 (none, fastest) to 1 (default: the model's).",
             rich_help_panel=_METHOD,
         ),
     ] = None,
