@@ -67,6 +67,7 @@ LAYERS = (
         "tile_likeness",
         "canvas",
         "consistency",
+        "blended",
         "grained",
         "sampler",
         "tile_work",
