@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cleaners import save_bundle_that_cleans
 from enlargers import CLEAN, COMPRESSED, DAMAGED
 from PIL import Image
 from skimage import data
 from test_clean_photos import Stopping, levels
+from tiny_models import CPU, RECIPE, pictures
 
 from dreamsr_cli.blended import BlendedRows
 from dreamsr_cli.canvas import EnlargedPhoto
@@ -20,9 +22,15 @@ from dreamsr_cli.engine import Engine, Order, UpscaleResult, upscale
 from dreamsr_cli.errors import UsageError
 from dreamsr_cli.images import open_photo
 from dreamsr_cli.models.bundle import Bundle, open_bundle
+from dreamsr_cli.models.cleaner import PLEASING
 from dreamsr_cli.planning import Plan
 from dreamsr_cli.progress import SilentProgress
 from dreamsr_cli.settings import Settings, check_settings
+from dreamsr_cli.training.clean_steps import cleaned
+from dreamsr_cli.training.grain_steps import finished
+from dreamsr_cli.training.networks import build_on
+from dreamsr_cli.training.stages import STAGES
+from dreamsr_cli.training.step_data import Crops
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +120,25 @@ def test_the_bundle_says_how_much_and_people_may_say_otherwise(damaged, tiny_bun
         with pytest.raises(UsageError, match="--texture") as caught:
             check_settings(config, model)
         assert hint in (caught.value.hint or "")
+
+
+@torch.no_grad()
+def test_grain_is_trained_on_what_users_get(damaged) -> None:
+    hq = pictures(2) / 2 + 0.5
+    crops = Crops(3, hq, hq, ["a", "b"], ["", ""], lq=hq[..., ::4, ::4].contiguous(), looks=("damaged", "damaged"))
+
+    def made(texture: float) -> torch.Tensor:
+        own = replace(damaged.config, defaults=replace(damaged.config.defaults, texture=texture))
+        ready = build_on(RECIPE, STAGES["grain"], Bundle(damaged.folder, own), None, CPU, torch.float32)
+        if texture == 0:
+            begun = cleaned(ready, crops, PLEASING).clamp(0, 1) * 2 - 1
+            assert torch.allclose(finished(ready, RECIPE, crops), begun, atol=1e-6)
+        return finished(ready, RECIPE, crops)
+
+    none, half, whole = made(0.0), made(0.5), made(1.0)
+    inside = whole.abs() < 1
+    assert (whole - none).abs().mean() > 0.02 and inside.float().mean() > 0.5
+    assert torch.allclose(half[inside], ((none + whole) / 2)[inside], atol=1e-5)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(damaged, source, tmp_path) -> None:

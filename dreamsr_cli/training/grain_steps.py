@@ -65,9 +65,9 @@ def _begun(networks: Networks, crops: Crops) -> tuple[Tensor, Tensor]:
     if crops.lq is not None and crops.hq.shape[2] == FACTOR * crops.lq.shape[2]:
         if networks.cleaner is not None:
             begun_B3PQ, known_B = cleaned(networks, crops, PLEASING).float(), ~known_B
-        for manner in MANNERS if networks.enlarger is not None else ():
+        for manner in MANNERS:
             those = [index for index, looks in enumerate(crops.looks) if looks == manner]
-            if those and networks.enlarger is not None:
+            if networks.enlarger is not None and those:
                 begun_B3PQ[those] = networks.enlarger(networks.patches.refiner, crops.lq_up[those], manner)
                 known_B[those] = True
     return begun_B3PQ.clamp(0, 1) * 2 - 1, known_B

@@ -12,7 +12,7 @@ from dreamsr_cli.models.cleaner import FAITHFUL, PLEASING
 from dreamsr_cli.training.both_stages import encode_texts, remove, textured
 from dreamsr_cli.training.clean_steps import cleaned, cleaned_latent
 from dreamsr_cli.training.crops import batches
-from dreamsr_cli.training.grain_steps import grain_on
+from dreamsr_cli.training.grain_steps import finished, grain_on
 from dreamsr_cli.training.looks_steps import enlarged
 from dreamsr_cli.training.networks import Networks
 from dreamsr_cli.training.recipe import Recipe
@@ -54,7 +54,7 @@ def sample_rows(networks: Networks, recipe: Recipe, source: Source, stage: Stage
         made = autoencoder.decode(textured(networks, z, eps, local, glob, sampling))
         shown["textured"] = made / 2 + 0.5
         if networks.grain is not None:
-            grain = grain_on(networks, recipe, crops, made.float().clamp(-1, 1))
-            shown["grained"] = shown["textured"] + grain / 2
+            plain = finished(networks, recipe, crops)
+            shown["grained"] = (plain + grain_on(networks, recipe, crops, plain)) / 2 + 0.5
     names = [f"crop {b + 1}: {text}" for b, text in enumerate(crops.local_texts)]
     return [(name, {label: x[b] for label, x in shown.items()}) for b, name in enumerate(names)]
