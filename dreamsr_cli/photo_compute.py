@@ -150,11 +150,12 @@ def write_pixels(
     """Decode (or enlarge, where z_0 is None), fix colours and hand to the writer, strip by strip, from the first strip
     that isn't in the journal. One strip is fixed and written while the next is decoded."""
     settings, journal, enlarged, writer = job.settings, job.journal, job.enlarged, job.open_writer()
-    # The cleaner's photo has the photo's colours without its noise.
-    made = _fourfold_photo(job, parts, progress) if z_0 is None else None
-    begun = made
-    if begun is None and (settings.cleaner or settings.texture < 1 or job.keeps_to_enlarger):
+    begun: FourfoldPhoto | None = None
+    if z_0 is None:
+        begun = _fourfold_photo(job, parts, progress)
+    elif settings.cleaner or settings.texture < 1 or job.keeps_to_enlarger:
         begun = _fourfold_photo(job, parts)
+    # The cleaner's photo has the photo's colours without its noise.
     coloured: EnlargedPhoto = begun if begun is not None and settings.cleaner else enlarged
     start, height, width = journal.progress(PIXELS), enlarged.height, enlarged.width
 
@@ -183,8 +184,8 @@ def write_pixels(
         beside(((asked, rows.read_rows(*asked)) for asked in wanted), fix)
 
     if z_0 is None:
-        assert made is not None
-        write(made.read_rows)
+        assert begun is not None
+        write(begun.read_rows)
         return
     restored = settings.strength == 0
     decoders = DecodeSetup(BundleId.of(job.bundle), settings.device, settings.precision, width, restored)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,13 @@ import pytest
 import torch
 from cleaners import save_bundle_that_cleans
 from enlargers import CLEAN, COMPRESSED, DAMAGED
-from PIL import Image
-from skimage import data
-from test_clean_photos import Stopping, levels
 from tiny_models import CPU, RECIPE, pictures
+from tiny_upscales import Stopping, levels, run_tiny, save_photo_of_strips
 
 from dreamsr_cli.blended import BlendedRows
 from dreamsr_cli.canvas import EnlargedPhoto
 from dreamsr_cli.config import OutputConfig, UpscaleConfig
-from dreamsr_cli.engine import Engine, Order, UpscaleResult, upscale
+from dreamsr_cli.engine import Engine, Order
 from dreamsr_cli.errors import UsageError
 from dreamsr_cli.images import open_photo
 from dreamsr_cli.models.bundle import Bundle, open_bundle
@@ -51,17 +50,10 @@ def damaged(tmp_path_factory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A photo of more than one strip."""
-    path = tmp_path_factory.mktemp("photo") / "a.png"
-    Image.fromarray(data.coffee()[100:240, 200:232]).save(path)
-    return path
+    return save_photo_of_strips(tmp_path_factory.mktemp("photo") / "a.png")
 
 
-def run(bundle: Bundle, source: Path, target: Path, progress: SilentProgress | None = None, **more) -> UpscaleResult:
-    base = UpscaleConfig(
-        tile=64, overlap=16, steps=1, strength=0.5, precision="fp32", color_fix="none", consistency=0.0
-    )
-    return upscale(source, target, bundle, replace(base, **more), OutputConfig(), progress or SilentProgress())
+run = partial(run_tiny, strength=0.5, color_fix="none", consistency=0.0)
 
 
 def made_by(bundle: Bundle, source: Path, target: Path, **more) -> np.ndarray:

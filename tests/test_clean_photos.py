@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from enlargers import CLEAN, COMPRESSED, DAMAGED, cubic_of, planes, rows_of, sav
 from PIL import Image
 from skimage import data
 from tiny_models import CPU
+from tiny_upscales import Stopping, levels, run_tiny, save_photo_of_strips
 
 from dreamsr_cli.canvas import EnlargedPhoto
 from dreamsr_cli.config import OutputConfig, UpscaleConfig
 from dreamsr_cli.consistency import ConsistentRows
 from dreamsr_cli.degradations import pixel
-from dreamsr_cli.engine import Engine, Order, UpscaleResult, upscale
+from dreamsr_cli.engine import Engine, Order
 from dreamsr_cli.errors import WeightsError
 from dreamsr_cli.images import open_photo
 from dreamsr_cli.looks import LEAST_CLEAN
@@ -62,19 +64,10 @@ def clean(tmp_path_factory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A photo of more than one strip."""
-    path = tmp_path_factory.mktemp("photo") / "a.png"
-    Image.fromarray(data.coffee()[100:240, 200:232]).save(path)
-    return path
+    return save_photo_of_strips(tmp_path_factory.mktemp("photo") / "a.png")
 
 
-def run(bundle: Bundle, source: Path, target: Path, progress: SilentProgress | None = None, **more) -> UpscaleResult:
-    base = UpscaleConfig(tile=64, overlap=16, steps=1, precision="fp32", color_fix="none")
-    return upscale(source, target, bundle, replace(base, **more), OutputConfig(), progress or SilentProgress())
-
-
-def levels(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path).convert("RGB"), np.float32)
+run = partial(run_tiny, color_fix="none")
 
 
 def test_without_texture_a_clean_photo_is_the_enlargers(clean, source, tmp_path) -> None:
@@ -213,21 +206,6 @@ class Listening(SilentProgress):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
-
-
-class Stopping(SilentProgress):
-    """Ctrl-C after `left` pieces of work in `phase`."""
-
-    def __init__(self, phase: str, left: int) -> None:
-        self._phase, self._left, self._now = phase, left, ""
-
-    def phase(self, name: str, total: int) -> None:
-        self._now = name
-
-    def advance(self, count: int = 1) -> None:
-        self._left -= count * (self._now == self._phase)
-        if self._left < 0:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(("strength", "phase"), [(0.0, "enlarge"), (0.3, "encode"), (0.3, "decode")])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,12 @@ import torch
 from cleaners import cleaned_rows, save_bundle_that_cleans
 from enlargers import CLEAN, DAMAGED, planes
 from PIL import Image
-from skimage import data
-from test_clean_photos import Stopping, levels
 from tiny_models import CPU
+from tiny_upscales import Stopping, levels, save_photo_of_strips
+from tiny_upscales import run_tiny as run
 
 from dreamsr_cli.config import OutputConfig, UpscaleConfig
-from dreamsr_cli.engine import Engine, Order, UpscaleResult, upscale
+from dreamsr_cli.engine import Engine, Order
 from dreamsr_cli.errors import WeightsError
 from dreamsr_cli.images import open_photo
 from dreamsr_cli.models.bundle import Bundle, open_bundle
@@ -39,15 +38,7 @@ def damaged(tmp_path_factory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A photo of more than one strip."""
-    path = tmp_path_factory.mktemp("photo") / "a.png"
-    Image.fromarray(data.coffee()[100:240, 200:232]).save(path)
-    return path
-
-
-def run(bundle: Bundle, source: Path, target: Path, progress: SilentProgress | None = None, **more) -> UpscaleResult:
-    base = UpscaleConfig(tile=64, overlap=16, steps=1, precision="fp32")
-    return upscale(source, target, bundle, replace(base, **more), OutputConfig(), progress or SilentProgress())
+    return save_photo_of_strips(tmp_path_factory.mktemp("photo") / "a.png")
 
 
 def made_by_the_cleaner(bundle: Bundle, source: Path, manner: str) -> np.ndarray:
