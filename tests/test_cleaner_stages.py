@@ -19,6 +19,7 @@ from dreamsr_cli.errors import ConfigError, TrainingError
 from dreamsr_cli.models.bundle import open_bundle
 from dreamsr_cli.models.cleaner import PLEASING, Cleaner
 from dreamsr_cli.progress import SilentProgress
+from dreamsr_cli.training.adversarial import gan_weight
 from dreamsr_cli.training.clean_steps import cleaned, cleaned_latent
 from dreamsr_cli.training.networks import build_on
 from dreamsr_cli.training.optimisers import HIDDEN
@@ -201,6 +202,36 @@ def test_a_perceptual_distance_has_its_weight(tiny_bundle) -> None:
     assert weight > 0 and torch.allclose(
         with_it.loss, plain.loss + weight * with_it.terms["clean_perceptual"], atol=1e-6
     )
+
+
+def test_a_discriminator_judges_the_second_manner(trained, photos, tmp_path) -> None:
+    """On top of the other terms, from its step on; stage cleaner has none whatever the recipe says."""
+    recipe = replace(TINY, steps=4, loss=replace(TINY.loss, gan=0.5, gan_start=2, gan_lead=1))
+    assert gan_weight(recipe, STAGES["cleaner"]) == 0 and gan_weight(TINY, STAGES["cleaner-both"]) == 0
+    looks = job("cleaner-looks", photos, trained / "bundle", tmp_path / "looks")
+    train(replace(looks, recipe=recipe), SilentProgress())
+    log = [json.loads(line) for line in (tmp_path / "looks" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "clean_gan" in line] == [3, 4]
+    assert [line["step"] for line in log if "discriminator" in line] == [2, 3, 4]
+    assert "0.5 · GAN from step 2 on" in (tmp_path / "looks" / "bundle" / "README.md").read_text()
+
+    made = build_on(
+        recipe, STAGES["cleaner-both"], open_bundle(str(tmp_path / "looks/bundle")), None, CPU, torch.float32
+    )
+    hq = torch.rand(1, 3, 64, 64)
+    crops = Crops(0, hq, hq, [""], [""], lq=hq[..., ::4, ::4], looks=(None,))
+    seen: list[torch.Tensor] = []
+
+    def critic(picture: torch.Tensor) -> torch.Tensor:
+        seen.append(picture)
+        return picture * 3
+
+    plain = run_step("clean-both", made, recipe, None, None, crops)
+    judged = run_step("clean-both", made, recipe, None, critic, crops)
+    assert torch.allclose(judged.loss, plain.loss - 0.5 * 3 * seen[0].mean(), atol=1e-6)
+    assert judged.fake is not None and judged.real is not None and not judged.fake.requires_grad
+    assert torch.equal(judged.fake, seen[0]) and torch.equal(judged.real, hq * 2 - 1)
+    assert torch.allclose(judged.fake, cleaned(made, crops, PLEASING).clamp(0, 1) * 2 - 1, atol=1e-6)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The GAN term of eq. 7: the discriminator with its own optimizer, beside the networks that learn.
 
-It learns from the very pictures the removal step just made, after the networks' own update. It is saved with every
+It learns from the very pictures the step just made, after the networks' own update. It is saved with every
 checkpoint and never shipped.
 """
 
@@ -25,8 +25,9 @@ BETAS = (0.5, 0.99)
 
 
 def gan_weight(recipe: Recipe, stage: Stage) -> float:
-    """lambda_2: the recipe's, or where it says nothing the paper's in the paper's stages, none in the others."""
-    if not stage.removes:
+    """lambda_2: the recipe's, or where it says nothing the paper's in the paper's stages, none in the others. None in
+    stages without eq. 7 and without the cleaner's second manner."""
+    if not (stage.removes or stage.pleases):
         return 0.0
     if recipe.loss.gan is not None:
         return recipe.loss.gan

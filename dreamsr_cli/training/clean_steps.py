@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from dreamsr_cli.errors import TrainingError
-from dreamsr_cli.losses import lattice_strength, rounded_distance
+from dreamsr_cli.losses import hinge_generator, lattice_strength, rounded_distance
 from dreamsr_cli.models.cleaner import ALIGN, FAITHFUL, PLEASING, Cleaner
 from dreamsr_cli.models.fourfold import FACTOR
 from dreamsr_cli.models.perceptual import Perceptual
 from dreamsr_cli.training.networks import Networks
 from dreamsr_cli.training.recipe import Recipe
-from dreamsr_cli.training.step_data import Crops, Outcome
+from dreamsr_cli.training.step_data import Critic, Crops, Outcome
 
 
 def clean_step(networks: Networks, recipe: Recipe, crops: Crops) -> Outcome:
@@ -24,34 +24,45 @@ def clean_step(networks: Networks, recipe: Recipe, crops: Crops) -> Outcome:
     return Outcome(loss, {"clean_pixel": loss.detach()})
 
 
-def please_step(networks: Networks, recipe: Recipe, perceptual: Perceptual | None, crops: Crops) -> Outcome:
-    """A step of stage `cleaner-looks`: that distance, LPIPS and the lattice of pleasingly cleaned crops. Raises as
-    `cleaned` does."""
-    return _pleased(recipe, perceptual, cleaned(networks, crops, PLEASING), crops)
+def please_step(
+    networks: Networks, recipe: Recipe, perceptual: Perceptual | None, critic: Critic | None, crops: Crops
+) -> Outcome:
+    """A step of stage `cleaner-looks`: that distance, LPIPS, the lattice and the GAN term of pleasingly cleaned crops.
+    Raises as `cleaned` does."""
+    return _pleased(recipe, perceptual, critic, cleaned(networks, crops, PLEASING), crops)
 
 
-def both_step(networks: Networks, recipe: Recipe, perceptual: Perceptual | None, crops: Crops) -> Outcome:
+def both_step(
+    networks: Networks, recipe: Recipe, perceptual: Perceptual | None, critic: Critic | None, crops: Crops
+) -> Outcome:
     """A step of stage `cleaner-both`: the losses of `clean_step` and `please_step`, from one way down, which learns
     from both. Raises as `cleaned` does."""
     cleaner, lq = _ready(networks, crops)
     faithful, pleasing = (crops.lq_up + added for added in cleaner.both(lq, recipe.loss.cleaner_sharing))
     distance = rounded_distance(faithful, crops.hq, recipe.loss.cleaner_knee)
-    pleased = _pleased(recipe, perceptual, pleasing, crops)
-    return Outcome(distance + pleased.loss, {"clean_faithful": distance.detach(), **pleased.terms})
+    pleased = _pleased(recipe, perceptual, critic, pleasing, crops)
+    terms = {"clean_faithful": distance.detach(), **pleased.terms}
+    return pleased._replace(loss=distance + pleased.loss, terms=terms)
 
 
-def _pleased(recipe: Recipe, perceptual: Perceptual | None, made: Tensor, crops: Crops) -> Outcome:
+def _pleased(
+    recipe: Recipe, perceptual: Perceptual | None, critic: Critic | None, made: Tensor, crops: Crops
+) -> Outcome:
     """The second manner's loss of crops (B, 3, P, Q) that it made, about [0, 1]."""
     weights = recipe.loss
     loss = rounded_distance(made, crops.hq, weights.cleaner_knee)
     terms = {"clean_pixel": loss.detach()}
+    picture, target = made.clamp(0, 1) * 2 - 1, crops.hq * 2 - 1
     if perceptual is not None and weights.cleaner_perceptual:
-        distance = perceptual(made.clamp(0, 1) * 2 - 1, crops.hq * 2 - 1).mean()
+        distance = perceptual(picture, target).mean()
         loss, terms["clean_perceptual"] = loss + weights.cleaner_perceptual * distance, distance.detach()
     if weights.lattice:
         lattice = lattice_strength((made - crops.hq) * 2)
         loss, terms["clean_lattice"] = loss + weights.lattice * lattice, lattice.detach()
-    return Outcome(loss, terms)
+    if critic is not None and weights.gan:
+        adversarial = hinge_generator(critic(picture))
+        loss, terms["clean_gan"] = loss + weights.gan * adversarial, adversarial.detach()
+    return Outcome(loss, terms, picture.detach(), target)
 
 
 def cleaned(networks: Networks, crops: Crops, manner: str) -> Tensor:

@@ -23,6 +23,7 @@ from dreamsr_cli.models.detail_words import with_detail
 from dreamsr_cli.training.cutting import SLANTED_FROM, Slanted, busy_corner, cut, palette, slanted
 from dreamsr_cli.training.dead_leaves import dead_leaves
 from dreamsr_cli.training.photos import PhotoSource, TrainingPhoto, describe_whole, turned
+from dreamsr_cli.training.recolouring import recoloured
 from dreamsr_cli.training.sources import Item, Pictures, SkippedPhoto, Source
 
 DEAD_LEAVES = "dead leaves"
@@ -62,6 +63,8 @@ class CropSettings:
     """Side of the crops of shrunk photos; None: `crop`."""
     slanted: float = 0.0
     """Share of the samples of shrunk photos that are turned by any angle and shrunk by any factor near theirs."""
+    recoloured: float = 0.0
+    """Share of the samples whose good crop gets other colours before it is degraded; for samples without prompts."""
     turns: int = 8
     """Flips and quarter turns used: 8 all, 2 mirroring only (for prompts and writing), 1 none."""
     candidates: int = 3
@@ -83,9 +86,11 @@ class CropSettings:
             raise ConfigError(f"shares of mix {dict(self.mix)} exceed 1", "the rest is left to preset")
         if self.crop < TOKEN_SIDE or self.crop % TOKEN_SIDE or self.crop % self.scale:
             raise ConfigError(f"crop {self.crop} is not a multiple of {TOKEN_SIDE} and of the scale", "try crop = 256")
-        for name in ("dead_leaves", "p_full", "slanted", "detail_words"):
+        for name in ("dead_leaves", "p_full", "slanted", "recoloured", "detail_words"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} = {getattr(self, name)} is not a share", "give a number from 0 to 1")
+        if self.recoloured and self.words:
+            raise ConfigError("recoloured photos no longer look as their texts say", "--set data.words=false")
         for side in (self.full_side, *self.full_sides):
             if side < self.crop:
                 raise ConfigError(f"full_side {side} is below crop {self.crop}", "raise full_side")
@@ -235,6 +240,9 @@ def _try(source: Source, settings: CropSettings, step: int, index: int, attempt:
         preset, crop_index = _preset(settings, step, index), step * SAMPLES_PER_STEP + index
         params = pixel.draw(preset, settings.seed, sha256, crop_index, settings.scale, sharpen)
         looks = looks_after(preset, params.only_jpeg)
+        recolour = draws.generator(settings.seed, "recoloured", step, index)
+        if recolour.random() < settings.recoloured:
+            hq_CPQ = recoloured(hq_CPQ, recolour)
         hq_CPQ = _levels(pixel.sharpen(hq_CPQ) if params.sharpen else hq_CPQ)
         lq_CPQ = _levels(pixel.degrade(hq_CPQ.float() / 255, params)).numpy()
     else:

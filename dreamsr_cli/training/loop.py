@@ -25,8 +25,8 @@ from dreamsr_cli.training.sample_crops import sample_rows
 from dreamsr_cli.training.sources import SkippedPhoto, Source
 from dreamsr_cli.training.stages import Stage, kind_of_step
 from dreamsr_cli.training.step_crops import StepCrops
-from dreamsr_cli.training.step_data import Crops, Outcome
-from dreamsr_cli.training.steps import Critic, run_step
+from dreamsr_cli.training.step_data import Critic, Crops, Outcome
+from dreamsr_cli.training.steps import run_step
 from dreamsr_cli.training.trackers import Trackers
 from dreamsr_cli.training.validation import validate
 from dreamsr_cli.training.watch import LossWatch
@@ -181,7 +181,7 @@ class Run:
         learner = self.learners[kind]
         norm = learner.masters.take_gradients(recipe.optim.clip)
         # The GAN term has no scale of its own and may be negative: it tells nothing about an explosion.
-        steady = terms["loss"] - self.gan_weight * (terms.get("removal_gan", 0.0) + terms.get("texture_gan", 0.0))
+        steady = terms["loss"] - self.gan_weight * sum(value for name, value in terms.items() if name.endswith("_gan"))
         if complaint := self.watch.complaint(kind, steady, norm):
             self._give_up(complaint)
         with self.interruptions.held():

@@ -77,7 +77,7 @@ def losses(stage: Stage, recipe: Recipe) -> str:
         terms = [f"Charbonnier with its knee at {loss.cleaner_knee:g}"]
         pleases = perceptual and stage.pleases
         terms += [f"{loss.cleaner_perceptual:g} · {loss.perceptual}"] * (pleases and loss.cleaner_perceptual > 0)
-        terms += lattice * stage.pleases
+        terms += (lattice + gan) * stage.pleases
         return " + ".join(terms)
     if stage.grains:
         terms = [f"{loss.grain_perceptual:g} · {loss.perceptual}"] * (perceptual and loss.grain_perceptual > 0)

@@ -103,6 +103,9 @@ class DataRecipe:
     slanted: float = 0.0
     """Share of the crops of shrunk photos that are turned by any angle up to 45 degrees, of photos shrunk to 0.86 to
     1.2 times the short side of the others: so that few photos show more (ours)."""
+    recoloured: float = 0.0
+    """Share of the crops that get other colours, tones and less contrast before they are degraded (ours); for crops
+    without words."""
     full_crop: int | None = None
     """Side of the crops of shrunk photos (the paper's: 1024); None: that of the step's other crops."""
     turns: int = 8

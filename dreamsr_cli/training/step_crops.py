@@ -108,6 +108,7 @@ def crop_settings(recipe: Recipe, plan: int, held_out: bool = False, mixed: bool
         full_side=data.full_side,
         full_sides=data.full_sides,
         slanted=0.0 if held_out else data.slanted,
+        recoloured=0.0 if held_out else data.recoloured,
         words=data.words,
         detail_words=0.0 if held_out else data.detail_words,
         full_crop=data.full_crop,

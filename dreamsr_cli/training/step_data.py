@@ -5,12 +5,16 @@ Axes: B batch, P Q pixels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
 from dreamsr_cli.config import Looks
+
+Critic = Callable[[Tensor], Tensor]
+"""Pictures (B, 3, P, Q) -> the discriminator's logits, gradients to the pictures only."""
 
 
 @dataclass(frozen=True)
@@ -41,5 +45,5 @@ class Outcome(NamedTuple):
     terms: dict[str, Tensor]
     """Terms before weighting, detached; a step of one kind always has the same ones."""
     fake: Tensor | None = None
-    """What the step decoded, detached: for the discriminator."""
+    """What the step made, on [-1, 1], detached: for the discriminator."""
     real: Tensor | None = None

@@ -5,8 +5,6 @@ Axes: B batch, C channels, H W latent, P Q pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,13 +28,10 @@ from dreamsr_cli.training.looks_steps import enlarge_step, judge_step
 from dreamsr_cli.training.networks import Networks
 from dreamsr_cli.training.recipe import PAPERS_GAN, Recipe
 from dreamsr_cli.training.stages import CONTROL
-from dreamsr_cli.training.step_data import Crops, Outcome
+from dreamsr_cli.training.step_data import Critic, Crops, Outcome
 
 PIXEL_T = 0.2
 """Largest t of a texture step for which eq. 6 counts (paper, section 3.3)."""
-
-Critic = Callable[[Tensor], Tensor]
-"""Pictures (B, 3, P, Q) -> the discriminator's logits, gradients to the pictures only."""
 
 
 def draw_renoised(recipe: Recipe, step: int, batch: int, first: int = 0) -> Tensor:
@@ -74,9 +69,9 @@ def run_step(
         case "clean":
             return clean_step(networks, recipe, crops)
         case "please":
-            return please_step(networks, recipe, perceptual, crops)
+            return please_step(networks, recipe, perceptual, critic, crops)
         case "clean-both":
-            return both_step(networks, recipe, perceptual, crops)
+            return both_step(networks, recipe, perceptual, critic, crops)
         case "grain":
             return grain_step(networks, recipe, perceptual, crops)
     raise ValueError(f"no step of kind {kind!r}")
