@@ -13,6 +13,7 @@ from dreamsr_cli.losses import hinge_generator, lattice_strength, rounded_distan
 from dreamsr_cli.models.cleaner import ALIGN, FAITHFUL, PLEASING, Cleaner
 from dreamsr_cli.models.fourfold import FACTOR
 from dreamsr_cli.models.perceptual import Perceptual
+from dreamsr_cli.training.finishing import added_by_default
 from dreamsr_cli.training.networks import Networks
 from dreamsr_cli.training.recipe import Recipe
 from dreamsr_cli.training.step_data import Critic, Crops, Outcome
@@ -29,7 +30,7 @@ def please_step(
 ) -> Outcome:
     """A step of stage `cleaner-looks`: that distance, LPIPS, the lattice and the GAN term of pleasingly cleaned crops.
     Raises as `cleaned` does."""
-    return _pleased(recipe, perceptual, critic, cleaned(networks, crops, PLEASING), crops)
+    return _pleased(networks, recipe, perceptual, critic, cleaned(networks, crops, PLEASING), crops)
 
 
 def both_step(
@@ -40,13 +41,18 @@ def both_step(
     cleaner, lq = _ready(networks, crops)
     faithful, pleasing = (crops.lq_up + added for added in cleaner.both(lq, recipe.loss.cleaner_sharing))
     distance = rounded_distance(faithful, crops.hq, recipe.loss.cleaner_knee)
-    pleased = _pleased(recipe, perceptual, critic, pleasing, crops)
+    pleased = _pleased(networks, recipe, perceptual, critic, pleasing, crops)
     terms = {"clean_faithful": distance.detach(), **pleased.terms}
     return pleased._replace(loss=distance + pleased.loss, terms=terms)
 
 
 def _pleased(
-    recipe: Recipe, perceptual: Perceptual | None, critic: Critic | None, made: Tensor, crops: Crops
+    networks: Networks,
+    recipe: Recipe,
+    perceptual: Perceptual | None,
+    critic: Critic | None,
+    made: Tensor,
+    crops: Crops,
 ) -> Outcome:
     """The second manner's loss of crops (B, 3, P, Q) that it made, about [0, 1]."""
     weights = recipe.loss
@@ -54,7 +60,11 @@ def _pleased(
     terms = {"clean_pixel": loss.detach()}
     picture, target = made.clamp(0, 1) * 2 - 1, crops.hq * 2 - 1
     if perceptual is not None and weights.cleaner_perceptual:
-        distance = perceptual(picture, target).mean()
+        seen = picture
+        if weights.cleaner_seen == "finished":
+            # Without a gradient of its own: the cleaner could keep grain away by smoothing what it looks at.
+            seen = picture + added_by_default(networks, recipe, crops, picture)
+        distance = perceptual(seen, target).mean()
         loss, terms["clean_perceptual"] = loss + weights.cleaner_perceptual * distance, distance.detach()
     if weights.lattice:
         lattice = lattice_strength((made - crops.hq) * 2)

@@ -5,18 +5,16 @@ Axes: B batch, P Q pixels.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dreamsr_cli.draws import generator
 from dreamsr_cli.losses import contrast_distance
 from dreamsr_cli.models.cleaner import PLEASING
 from dreamsr_cli.models.enlarger import FACTOR, MANNERS
-from dreamsr_cli.models.grain import MARGIN
 from dreamsr_cli.models.perceptual import Perceptual
-from dreamsr_cli.training.both_stages import draw_texture, encoded, remove, texts_of, textured
+from dreamsr_cli.training.both_stages import remove, texts_of
 from dreamsr_cli.training.clean_steps import cleaned
+from dreamsr_cli.training.finishing import decoded_texture, grain_on
 from dreamsr_cli.training.networks import Networks
 from dreamsr_cli.training.recipe import Recipe
 from dreamsr_cli.training.step_data import Crops, Outcome
@@ -42,18 +40,16 @@ def finished(networks: Networks, recipe: Recipe, crops: Crops) -> Tensor:
     """Bad crops after both stages, decoded, (B, 3, P, Q), float32, within [-1, 1]: cleaned instead of stage 1 where
     there is a cleaner. Undamaged ones are enlarged instead where there is an enlarger of their scale. Of what stage 2
     changes as much is kept as the bundle's users get."""
-    sampling, defaults = networks.config.sampling, networks.config.defaults
-    _, z_0, z_lq = encoded(networks, crops)
-    local, glob = texts_of(networks, crops)
     begun_B3PQ, has_begun_B = _begun(networks, crops)
-    z_dr = networks.encode(begun_B3PQ).to(z_0.dtype)
+    z_dr = networks.encode(begun_B3PQ)
     if not has_begun_B.all():
-        removed = z_lq if networks.lora is None else remove(networks, z_lq, local, glob, sampling)
+        z_lq = networks.encode(crops.lq_up * 2 - 1)
+        removed = z_lq
+        if networks.lora is not None:
+            removed = remove(networks, z_lq, *texts_of(networks, crops), networks.config.sampling)
         z_dr = torch.where(has_begun_B[:, None, None, None], z_dr, removed)
-    _, eps = draw_texture(recipe.seed, crops.step, z_0.shape, recipe.t_range, crops.first)
-    z = textured(networks, z_dr, eps.to(z_0.device), local, glob, sampling)
-    made_B3PQ = networks.autoencoder.decode(z).float()
-    blended_B3PQ = torch.lerp(begun_B3PQ, made_B3PQ, defaults.texture)
+    made_B3PQ = decoded_texture(networks, recipe, crops, z_dr)
+    blended_B3PQ = torch.lerp(begun_B3PQ, made_B3PQ, networks.config.defaults.texture)
     return torch.where(has_begun_B[:, None, None, None], blended_B3PQ, made_B3PQ).clamp(-1, 1)
 
 
@@ -71,18 +67,6 @@ def _begun(networks: Networks, crops: Crops) -> tuple[Tensor, Tensor]:
                 begun_B3PQ[those] = networks.enlarger(networks.patches.refiner, crops.lq_up[those], manner)
                 known_B[those] = True
     return begun_B3PQ.clamp(0, 1) * 2 - 1, known_B
-
-
-def grain_on(networks: Networks, recipe: Recipe, crops: Crops, plain: Tensor) -> Tensor:
-    """Grain for finished crops (`finished`), (B, 3, P, Q), float32; noise of sample b depends on (seed, step,
-    first + b) alone."""
-    assert networks.grain is not None
-    height, width = (side + 2 * MARGIN for side in plain.shape[2:])
-    noise = np.empty((len(plain), 1, height, width), np.float32)
-    for b in range(len(plain)):
-        rng = generator(recipe.seed, "grain-step", crops.step, crops.first + b)
-        rng.standard_normal(dtype=np.float32, out=noise[b, 0])
-    return networks.grain(plain, crops.lq_up * 2 - 1, torch.from_numpy(noise).to(plain.device))
 
 
 def _levels(grain_BCPQ: Tensor) -> Tensor:

@@ -25,6 +25,9 @@ class LossRecipe:
     and what both parts share would learn from it alone."""
     cleaner_perceptual: float = 0.3
     """Stages cleaner-looks and cleaner-both: weight of LPIPS beside the pixel distance (ours)."""
+    cleaner_seen: str = "cleaned"
+    """Those stages: what LPIPS sees. "cleaned": the cleaned crop; "finished": with what stage 2 and grain change in it
+    by the bundle's defaults, which is a constant for the gradient (ours)."""
     cleaner_sharing: float = 0.1
     """Stage cleaner-both: how much of the second manner's gradient the way down gets, which has LPIPS in it and is
     about ten times as long as the first one's."""

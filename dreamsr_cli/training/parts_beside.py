@@ -44,6 +44,8 @@ def parts_beside(
         grain = (None if recipe.fresh else (start or base).open_grain()) or Grain()
         # Undamaged crops get grain as undamaged photos do: on what the enlarger made of them.
         enlarger = base.open_enlarger()
+    elif stage.pleases and recipe.loss.cleaner_seen == "finished":
+        grain = base.open_grain()
     cleaner = _cleaner(recipe, stage, start or base) if stage.cleans else base.open_cleaner()
     return PartsBeside(cleanliness, enlarger, grain, cleaner)
 

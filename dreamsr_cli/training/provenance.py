@@ -76,7 +76,8 @@ def losses(stage: Stage, recipe: Recipe) -> str:
     if stage.cleans:
         terms = [f"Charbonnier with its knee at {loss.cleaner_knee:g}"]
         pleases = perceptual and stage.pleases
-        terms += [f"{loss.cleaner_perceptual:g} · {loss.perceptual}"] * (pleases and loss.cleaner_perceptual > 0)
+        seen = " after stage 2 and grain" * (loss.cleaner_seen == "finished")
+        terms += [f"{loss.cleaner_perceptual:g} · {loss.perceptual}{seen}"] * (pleases and loss.cleaner_perceptual > 0)
         terms += (lattice + gan) * stage.pleases
         return " + ".join(terms)
     if stage.grains:

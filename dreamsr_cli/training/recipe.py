@@ -334,6 +334,7 @@ def _check(recipe: Recipe, where: str) -> None:
         ("ablation", recipe.ablation, tuple(ABLATIONS)),
         ("loss.pixel_kind", recipe.loss.pixel_kind, ("mse", "charbonnier")),
         ("loss.gan_sees", recipe.loss.gan_sees, ("pixels", "features")),
+        ("loss.cleaner_seen", recipe.loss.cleaner_seen, ("cleaned", "finished")),
         ("optim.kind", recipe.optim.kind, ("adamw", "muon")),
     ):
         if value not in known:

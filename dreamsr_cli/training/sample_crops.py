@@ -12,7 +12,8 @@ from dreamsr_cli.models.cleaner import FAITHFUL, PLEASING
 from dreamsr_cli.training.both_stages import encode_texts, remove, textured
 from dreamsr_cli.training.clean_steps import cleaned, cleaned_latent
 from dreamsr_cli.training.crops import batches
-from dreamsr_cli.training.grain_steps import finished, grain_on
+from dreamsr_cli.training.finishing import added_by_default, grain_on
+from dreamsr_cli.training.grain_steps import finished
 from dreamsr_cli.training.looks_steps import enlarged
 from dreamsr_cli.training.networks import Networks
 from dreamsr_cli.training.recipe import Recipe
@@ -38,6 +39,9 @@ def sample_rows(networks: Networks, recipe: Recipe, source: Source, stage: Stage
             shown["enlarged"] = enlarged(networks, crops)
         elif stage.cleans:
             shown["cleaned"] = cleaned(networks, crops, PLEASING if stage.pleases else FAITHFUL)
+            if stage.pleases and recipe.loss.cleaner_seen == "finished":
+                picture = shown["cleaned"].clamp(0, 1) * 2 - 1
+                shown["finished"] = (picture + added_by_default(networks, recipe, crops, picture)) / 2 + 0.5
         elif not stage.judges:
             shown["round trip"] = autoencoder.decode(autoencoder.encode(crops.hq * 2 - 1)) / 2 + 0.5
     else:

@@ -14,6 +14,7 @@ from dreamsr_cli.models.perceptual import Perceptual
 from dreamsr_cli.training.both_stages import draw_texture, encode_texts, remove, texture_velocity, textured
 from dreamsr_cli.training.clean_steps import cleaned, cleaned_latent
 from dreamsr_cli.training.crops import batches
+from dreamsr_cli.training.finishing import added_by_default
 from dreamsr_cli.training.grain_steps import grain_figures
 from dreamsr_cli.training.looks_steps import enlarged, judged
 from dreamsr_cli.training.networks import Networks
@@ -42,7 +43,7 @@ def validate(
     ("removed") and of both stages ("textured"), and the mean squared error of the predicted clean latent at fixed
     times; for stage autoencoder the round trip's PSNR, for stage cleanliness how often and how surely it is right, for
     stage enlarger the PSNR of the cubic and of the enlarger, for stage cleaner PSNR and LPIPS of the cubic and of the
-    cleaner, for stage grain what `grain_figures` says.
+    cleaner, and of what users get where the loss sees that; for stage grain what `grain_figures` says.
     Called under the run's mixed precision."""
     plan = recipe.data.crops[0]
     settings, sampling = crop_settings(recipe, 0, held_out=True), networks.config.sampling
@@ -140,14 +141,17 @@ def _cleaned(
     networks: Networks, recipe: Recipe, source: Source, perceptual: Perceptual | None, manner: str
 ) -> dict[str, float]:
     """PSNR of held-out crops, degraded as training crops are, enlarged by the cubic and cleaned in that manner, and
-    LPIPS where there is one."""
+    LPIPS where there is one; with `loss.cleaner_seen = "finished"` also after stage 2 and grain."""
     figures: dict[str, list[float]] = {}
     stream = batches(source, crop_settings(recipe, 0, held_out=True, mixed=True), BATCH, workers=0)
     for _ in range(JUDGED // BATCH):
         crops = on_device(next(stream), networks.device)
         target = crops.hq * 2 - 1
-        for name, made in (("cubic", crops.lq_up), ("cleaned", cleaned(networks, crops, manner))):
-            picture = made.clamp(0, 1) * 2 - 1
+        pictures = {"cubic": crops.lq_up * 2 - 1, "cleaned": cleaned(networks, crops, manner).clamp(0, 1) * 2 - 1}
+        if manner == PLEASING and recipe.loss.cleaner_seen == "finished":
+            added = added_by_default(networks, recipe, crops, pictures["cleaned"])
+            pictures["finished"] = (pictures["cleaned"] + added).clamp(-1, 1)
+        for name, picture in pictures.items():
             figures.setdefault(f"{name}_psnr", []).append(float(_psnr(picture, target)))
             if perceptual is not None:
                 figures.setdefault(f"{name}_perceptual", []).append(float(perceptual(picture, target).mean()))
