@@ -20,8 +20,8 @@ from dreamsr_cli.training.step_data import Crops
 
 @torch.no_grad()
 def decoded_texture(networks: Networks, recipe: Recipe, crops: Crops, z_dr_BCHW: Tensor) -> Tensor:
-    """Stage 2 from there, all steps, decoded: (B, 3, P, Q), float32, about [-1, 1]. Noise of sample b depends on
-    (seed, step, first + b) alone."""
+    """Stage 2 from latents after stage 1 or of pictures in its place, all steps, decoded: (B, 3, P, Q), float32, about
+    [-1, 1]. Noise of sample b depends on (seed, step, first + b) alone."""
     local, glob = texts_of(networks, crops)
     _, eps = draw_texture(recipe.seed, crops.step, z_dr_BCHW.shape, recipe.t_range, crops.first)
     z = textured(networks, z_dr_BCHW, eps.to(z_dr_BCHW.device), local, glob, networks.config.sampling)
@@ -29,8 +29,8 @@ def decoded_texture(networks: Networks, recipe: Recipe, crops: Crops, z_dr_BCHW:
 
 
 def grain_on(networks: Networks, recipe: Recipe, crops: Crops, plain: Tensor) -> Tensor:
-    """Grain for crops after stage 2, (B, 3, P, Q), float32; noise of sample b depends on (seed, step, first + b)
-    alone."""
+    """Grain, as strong as its network says, for crops (B, 3, P, Q) on [-1, 1] after stage 2: the same shape, float32.
+    Noise of sample b depends on (seed, step, first + b) alone."""
     assert networks.grain is not None
     height, width = (side + 2 * MARGIN for side in plain.shape[2:])
     noise = np.empty((len(plain), 1, height, width), np.float32)
@@ -42,8 +42,8 @@ def grain_on(networks: Networks, recipe: Recipe, crops: Crops, plain: Tensor) ->
 
 @torch.no_grad()
 def added_by_default(networks: Networks, recipe: Recipe, crops: Crops, cleaned_B3PQ: Tensor) -> Tensor:
-    """What stage 2 and grain, as much of them as the bundle's users get, change in cleaned crops on [-1, 1]:
-    (B, 3, P, Q), float32."""
+    """What stage 2 and grain, as much of them as the bundle's users get, change in cleaned crops (B, 3, P, Q)
+    on [-1, 1]: the same shape, float32. A bundle without grain adds none."""
     defaults = networks.config.defaults
     cleaned_B3PQ = cleaned_B3PQ.float()
     made_B3PQ = decoded_texture(networks, recipe, crops, networks.encode(cleaned_B3PQ))
