@@ -229,6 +229,10 @@ def test_slanted_crops_show_the_photo_turned_and_shrunk_and_nothing_else() -> No
     # Where only small angles have room, those are taken.
     tight = slanted(slope[:114], 64, 2, np.random.default_rng(3))
     assert tight is not None and (abs(tight[0][..., 2].astype(int) - 90) <= 1).all()
+    # And where not a pixel is to spare, rounding must not make the angles end before they begin; at no size.
+    exact = [slanted(np.zeros((side, side, 3), np.uint8), 64, 2, np.random.default_rng(3)) for side in range(80, 124)]
+    fits = [made is not None for made in exact]
+    assert fits == sorted(fits) and any(fits) and not all(fits)
 
 
 def test_a_share_of_the_crops_of_shrunk_photos_is_slanted(make_source: Callable[..., PhotoSource]) -> None:

@@ -62,7 +62,8 @@ def slanted(rgb_PQC: np.ndarray, size: int, candidates: int, rng: np.random.Gene
     if room < 1:
         return None
     # A square turned by a fits into one that is cos a + sin a = sqrt(2) sin(a + 45 degrees) times as large.
-    steepest = math.asin(min(1.0, room / math.sqrt(2))) - math.pi / 4
+    # Rounding would make a picture without any room turn by less than nothing.
+    steepest = max(0.0, math.asin(min(1.0, room / math.sqrt(2))) - math.pi / 4)
     angle = rng.uniform(-steepest, steepest)
     around = min(math.ceil(side * (math.cos(angle) + math.sin(abs(angle)))) + _MARGIN, *rgb_PQC.shape[:2])
     corner = busy_corner(rgb_PQC, around, candidates, rng)
