@@ -161,6 +161,16 @@ class GrainSizes:
         return 9 * width * (2 * 3 * FOLD**2 + 2 * blocks * width + self.BANDS * FOLD**2)
 
 
+CLEANED_KEPT = 64 * 2**20
+"""Bytes of a cleaned photo that are kept between the phases that read it; a larger one is cleaned again."""
+
+
+def kept_cleaned(rows: int, columns: int) -> int:
+    """Bytes of a cleaned photo of so many pixels, float32, that are kept: all or none."""
+    cleaned = rows * columns * 3 * 4
+    return cleaned if cleaned <= CLEANED_KEPT else 0
+
+
 @dataclass(frozen=True)
 class CleanerSizes:
     """What cleans damaged photos (`models/cleaner.py`), by its config.json. Rows and columns are the photo's."""

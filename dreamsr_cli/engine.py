@@ -165,6 +165,7 @@ class Engine:
         self.parts.release()
         write_pixels(job, self.parts, z_0, progress, crew)
         self.parts.release()
+        job.cleaned = None
         job.photo.close()
         for note in job.late_notes:
             progress.note(f"{job.order.photo.name}: {note}")

@@ -17,12 +17,13 @@ from dreamsr_cli.blended import BlendedRows
 from dreamsr_cli.canvas import STRIP, DecodedCanvas, EnlargedPhoto, FourfoldPhoto, encode
 from dreamsr_cli.colour import fix_strips, reads
 from dreamsr_cli.consistency import ConsistentRows
+from dreamsr_cli.counting_pixels import kept_cleaned
 from dreamsr_cli.grained import GrainedRows
 from dreamsr_cli.journal_files import RowFile
 from dreamsr_cli.models.cleaner import FAITHFUL, PLEASING, CleanedRows
 from dreamsr_cli.models.compiling import compile_blocks, compile_errors, compiled_code
 from dreamsr_cli.models.enlarger import EnlargedRows
-from dreamsr_cli.models.fourfold import FourfoldRows
+from dreamsr_cli.models.fourfold import FACTOR, FourfoldRows
 from dreamsr_cli.models.open_parts import RESTORER, OpenParts
 from dreamsr_cli.models.quantization import MemoryMode, cannot_run
 from dreamsr_cli.overlap import beside
@@ -203,7 +204,12 @@ def _fourfold_photo(job: PhotoJob, parts: OpenParts, progress: Progress | None =
     rows: FourfoldRows[Any]
     if settings.cleaner:
         manner = FAITHFUL if settings.strength == 0 else PLEASING
-        rows = CleanedRows(parts.cleaner(), manner, photo.read_rows, *sizes, parts.device, told.advance)
+        # What a plan counts on is the canvas; below x4 what is cleaned is larger.
+        canvas, fourfold = (job.grid.canvas_height, job.grid.canvas_width), (FACTOR * sizes[0], FACTOR * sizes[1])
+        fits = kept_cleaned(*canvas) and kept_cleaned(*fourfold)
+        if fits and job.cleaned is None and not job.is_enlarged_only:
+            job.cleaned = CleanedRows.keeping(-(-photo.info.height // CleanedRows.STRIP))
+        rows = CleanedRows(parts.cleaner(), manner, photo.read_rows, *sizes, parts.device, told.advance, job.cleaned)
     else:
         network = parts.enlarging_refiner(settings.looks)
         rows = EnlargedRows(network, photo.read_rows, *sizes, parts.device, told.advance)

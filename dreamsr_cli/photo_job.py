@@ -33,6 +33,7 @@ from dreamsr_cli.progress import Progress
 from dreamsr_cli.prompts import PromptPlan, photo_id
 from dreamsr_cli.prompts_file import write_prompts
 from dreamsr_cli.prompts_in_use import GivenPrompts, give_prompts, make_prompts, place_to_save
+from dreamsr_cli.resample import KeptStrips
 from dreamsr_cli.sampler import PIXELS
 from dreamsr_cli.settings import Settings
 from dreamsr_cli.work_sharing import Crew
@@ -114,6 +115,8 @@ class PhotoJob:
         self.late_notes = [*photo.notes]
         """Told once the photo is computed."""
         self.seconds = 0.0
+        self.cleaned: KeptStrips | None = None
+        """What the cleaner made of the photo, where it is small enough to be kept until it is read again."""
         self._writer: PhotoWriter | None = None
         self.plan: PromptPlan
         self._saved, self._files = saved, files

@@ -8,7 +8,7 @@ from functools import cached_property
 from dreamsr_cli import counting
 from dreamsr_cli.batch_choice import automatic_batch
 from dreamsr_cli.bundle_sizes import BundleSizes
-from dreamsr_cli.counting_pixels import FOLD, STRIDE, CleanerSizes, GrainSizes
+from dreamsr_cli.counting_pixels import FOLD, STRIDE, CleanerSizes, GrainSizes, kept_cleaned
 from dreamsr_cli.images import PhotoInfo
 from dreamsr_cli.machine import Machine
 from dreamsr_cli.memory_plan import WEIGHT_BYTES, Phase, PhaseWork, phases
@@ -291,6 +291,7 @@ class Workload:
         if self._cleaner is not None:
             # Beside decoding, too: the colour fix asks for it.
             cleaning = parts["cleaning"] = self._cleaner.working(*self._photo, self.machine.itemsize)
+            parts["cleaned"] = self._cleaned
         if self.machine.device == "cpu":
             # What waits in RAM waits beside itself.
             host = max(
@@ -303,7 +304,7 @@ class Workload:
             waiting = min(self.limits.control_host, self.feature_batches * self.feature_bytes)
             host = max(parts["weights"], parts["rows"] + waiting, parts["strips"])
             device = max(text.device, restore.device, decode.device + cleaning)
-        return {"host": LIBRARIES + parts["photo"] + host, "device": device, **parts}
+        return {"host": LIBRARIES + parts["photo"] + self._cleaned + host, "device": device, **parts}
 
     @property
     def _folded_bytes(self) -> int:
@@ -339,6 +340,13 @@ class Workload:
         return self.sizes.cleaner if self.settings.cleaner else None
 
     @property
+    def _cleaned(self) -> int:
+        """Bytes of the cleaned photo that are kept until it is read again."""
+        if self._cleaner is None or not self.steps:
+            return 0
+        return kept_cleaned(self.grid.canvas_height, self.grid.canvas_width)
+
+    @property
     def _photo(self) -> tuple[int, int]:
         """Rows and columns that the cleaner sees, as if the photo were enlarged four times."""
         return -(-self.grid.canvas_height // FOLD), -(-self.grid.canvas_width // FOLD)
@@ -353,7 +361,7 @@ class Workload:
             if not self.steps:
                 return {"clean": (cleaning + grain) * passes, "encode": 0, "decode": 0}
             # Once more for the colours that the result gets, and for what is kept of it beside texture.
-            again = int(self.settings.color_fix != "none" or self.settings.texture < 1)
+            again = int((self.settings.color_fix != "none" or self.settings.texture < 1) and not self._cleaned)
             return {"clean": cleaning * (1 + again), "encode": encoding, "decode": (decoding + grain) * passes}
         if not self.settings.enlarger:
             return {"encode": encoding, "decode": (decoding + grain) * passes}

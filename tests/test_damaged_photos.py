@@ -15,12 +15,13 @@ from tiny_models import CPU
 from tiny_upscales import Stopping, levels, save_photo_of_strips
 from tiny_upscales import run_tiny as run
 
+from dreamsr_cli import counting_pixels
 from dreamsr_cli.config import OutputConfig, UpscaleConfig
 from dreamsr_cli.engine import Engine, Order
 from dreamsr_cli.errors import WeightsError
 from dreamsr_cli.images import open_photo
 from dreamsr_cli.models.bundle import Bundle, open_bundle
-from dreamsr_cli.models.cleaner import FAITHFUL, PLEASING
+from dreamsr_cli.models.cleaner import FAITHFUL, PLEASING, CleanedRows
 from dreamsr_cli.progress import SilentProgress
 from dreamsr_cli.settings import check_settings, for_unseen
 
@@ -108,12 +109,27 @@ def test_a_plan_has_the_cleaner_in_the_place_of_stage_1(damaged, source, tmp_pat
             assert set(work.calls) == set(work.flops) == set(work.moved)
             found.append(work)
     with_it, without = found
-    # 140 rows are two strips; with texture once more, for the colours.
-    assert with_it.calls["clean"] == (4 if strength else 2) and "clean" not in without.calls
+    # 140 rows are two strips, which are kept for the colours.
+    assert with_it.calls["clean"] == 2 and "clean" not in without.calls
+    assert with_it.memory.get("cleaned") == (with_it.grid.canvas_height * 128 * 12 if strength else 0)
     assert (with_it.calls["remove"], with_it.calls["remove_control"]) == (0, 0) and without.calls["remove"] > 0
     assert with_it.calls["texture"] == without.calls["texture"]
     assert (with_it.calls["encode"] > 0) == (with_it.calls["decode"] > 0) == (strength > 0)
     assert with_it.flops["clean"] > 0 and with_it.moved["clean"] > 0
+
+
+@pytest.mark.parametrize("scale", [2.0, 4.0])
+def test_a_small_photo_is_cleaned_once_a_large_one_twice(damaged, source, tmp_path, monkeypatch, scale) -> None:
+    """For what texture begins from and for the colours; the same bytes either way."""
+    made, strip = [], CleanedRows._strip
+    monkeypatch.setattr(CleanedRows, "_strip", lambda rows, number: made.append(number) or strip(rows, number))
+    fourfold = 560 * 128 * 12
+    for name, limit, expected in (("all", fourfold, [0, 1]), ("none", fourfold - 1, [0, 0, 1, 1])):
+        monkeypatch.setattr(counting_pixels, "CLEANED_KEPT", limit)
+        made.clear()
+        run(damaged, source, tmp_path / f"{name}.png", strength=0.3, scale=scale)
+        assert sorted(made) == expected
+    assert (tmp_path / "all.png").read_bytes() == (tmp_path / "none.png").read_bytes()
 
 
 def test_a_dry_run_plans_a_photo_that_nobody_looked_at_as_damaged(damaged) -> None:

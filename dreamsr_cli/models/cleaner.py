@@ -23,7 +23,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from dreamsr_cli.models.fourfold import FACTOR, FourfoldRows
-from dreamsr_cli.resample import ReadRows
+from dreamsr_cli.resample import KeptStrips, ReadRows
 
 FAITHFUL, PLEASING = MANNERS = "faithful", "pleasing"
 """As close to the pixels as squares get, for results without texture; and as people would like it, as LPIPS says, for
@@ -206,9 +206,10 @@ class CleanedRows(FourfoldRows[Cleaner]):
         out_width: int,
         device: torch.device,
         on_strip: Callable[[], None] = lambda: None,
+        kept: KeptStrips | None = None,
     ) -> None:
         """As `FourfoldRows`, in one of `MANNERS`."""
-        super().__init__(network, read_photo, height, width, out_height, out_width, device, on_strip)
+        super().__init__(network, read_photo, height, width, out_height, out_width, device, on_strip, kept)
         self._manner = manner
 
     def _strip(self, strip: int) -> np.ndarray:

@@ -40,14 +40,21 @@ class FourfoldRows(ABC, Generic[Network]):
         out_width: int,
         device: torch.device,
         on_strip: Callable[[], None] = lambda: None,
+        kept: KeptStrips | None = None,
     ) -> None:
         """`network`: on `device`. `read_photo(top, bottom)`: rows of the photo (height, width), float32
-        (rows, width, 3) in [0, 1]. `on_strip` is called after each strip."""
+        (rows, width, 3) in [0, 1]. `on_strip` is called after each strip. `kept`: strips of the same photo and network
+        that were made before (`keeping`)."""
         self._network, self._device, self._on_strip = network, device, on_strip
         self._read_photo, self._height, self._width = read_photo, height, width
         self._out = (out_height, out_width)
-        self._kept = KeptStrips(FACTOR * self.STRIP)
+        self._kept = self.keeping() if kept is None else kept
         self._one_at_a_time = threading.RLock()
+
+    @classmethod
+    def keeping(cls, strips: int = 4) -> KeptStrips:
+        """Room for so many strips, which several of these may share one after the other."""
+        return KeptStrips(FACTOR * cls.STRIP, strips)
 
     @property
     def strips(self) -> int:
