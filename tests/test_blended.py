@@ -14,6 +14,7 @@ from enlargers import CLEAN, COMPRESSED, DAMAGED
 from tiny_models import CPU, RECIPE, pictures
 from tiny_upscales import Stopping, levels, run_tiny, save_photo_of_strips
 
+from dreamsr_cli import counting_pixels
 from dreamsr_cli.blended import BlendedRows
 from dreamsr_cli.canvas import EnlargedPhoto
 from dreamsr_cli.config import OutputConfig, UpscaleConfig
@@ -142,7 +143,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(damaged, source, tmp_path)
 
 
 @pytest.mark.parametrize("fix", ["none", "wavelet"])
-def test_the_plan_counts_what_is_run(bundle, source, tmp_path, fix) -> None:
+def test_the_plan_counts_what_is_run(bundle, source, tmp_path, monkeypatch, fix) -> None:
     def planned(texture: float) -> tuple[Plan, Settings]:
         base = UpscaleConfig(
             tile=64, overlap=16, steps=3, strength=0.5, color_fix=fix, consistency=0.0, texture=texture
@@ -151,7 +152,10 @@ def test_the_plan_counts_what_is_run(bundle, source, tmp_path, fix) -> None:
         with Engine(bundle, base, OutputConfig()) as engine, engine.read(order, SilentProgress()) as job:
             return job.work, job.settings
 
-    (whole, settings), (half, _), (none, _) = (planned(texture) for texture in (1.0, 0.5, 0.0))
+    # First as for a photo that is too large for what the cleaner makes of it to be kept.
+    with monkeypatch.context() as large:
+        large.setattr(counting_pixels, "CLEANED_KEPT", 0)
+        (whole, settings), (half, _), (none, _) = (planned(texture) for texture in (1.0, 0.5, 0.0))
     picture = "clean" if settings.cleaner else "enlarge"
     assert (whole.steps, half.steps, none.steps) == (3, 3, 0)
     assert half.calls["texture"] == whole.calls["texture"] > none.calls["texture"] == 0
@@ -159,3 +163,5 @@ def test_the_plan_counts_what_is_run(bundle, source, tmp_path, fix) -> None:
     asked_anyway = settings.cleaner and fix == "wavelet"
     assert half.flops[picture] == (1 if asked_anyway else 2) * whole.flops[picture]
     assert none.flops[picture] > 0 and none.flops["decode"] == none.flops["encode"] == 0
+    (kept_whole, _), (kept_half, _) = (planned(texture) for texture in (1.0, 0.5))
+    assert kept_half.flops[picture] == (1 if settings.cleaner else 2) * kept_whole.flops[picture]
