@@ -162,11 +162,12 @@ class GrainSizes:
 
 
 CLEANED_KEPT = 64 * 2**20
-"""Bytes of a cleaned photo that are kept between the phases that read it; a larger one is cleaned again."""
+"""Bytes of RAM, at most, for a cleaned photo between the phases that read it; a larger one is cleaned again."""
 
 
 def kept_cleaned(rows: int, columns: int) -> int:
-    """Bytes of a cleaned photo of so many pixels, float32, that are kept: all or none."""
+    """Bytes that a cleaned photo of `rows` by `columns` pixels, RGB in float32, is kept in; 0 where that is more than
+    `CLEANED_KEPT`."""
     cleaned = rows * columns * 3 * 4
     return cleaned if cleaned <= CLEANED_KEPT else 0
 
